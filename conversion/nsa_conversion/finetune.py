@@ -1,0 +1,659 @@
+# Copyright 2026 The NSA for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tune a converted model, all weights or LoRA, with transformers' `Trainer` on packed text.
+
+`nsa finetune MODEL --train-file FILE --output-dir OUTPUT` takes every flag of `TrainingArguments`. OUTPUT ends up as a
+directory that `AutoModelForCausalLM.from_pretrained` loads; checkpoints, logs and pictures lie beside the model in it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import transformers
+from transformers import HfArgumentParser, PreTrainedConfig, Trainer, TrainingArguments, set_seed
+from transformers.hf_argparser import string_to_bool
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import cached_file, is_accelerate_available, is_peft_available
+
+from .data import PackedRows, PackedRowsCollator, encode_documents, hold_out, pack, read_dataset, read_files
+from .errors import NSAError
+from .evaluate import PositionBucket, format_position_table, loss_by_position, mean_loss, position_edges
+from .plots import plot_loss_curve, plot_position_loss, require_matplotlib
+from .sources import load_model
+
+__all__ = [
+    "DataArguments",
+    "FinetuneArguments",
+    "FinetuneReport",
+    "LoraArguments",
+    "ModelArguments",
+    "finetune",
+    "main",
+    "register_lora_targets",
+]
+
+logger = logging.getLogger(__name__)
+
+MODEL_TYPE = "native_sparse_attention"
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA_BRANCH_TARGETS = ["k_proj_cmp", "v_proj_cmp", "k_proj_win", "v_proj_win"]
+# Modules that a dense checkpoint does not have are trained whole. The parent's name keeps `gate` from meaning any other
+# module whose name ends in it, such as the router of a mixture of experts.
+NEW_MODULES = ["self_attn.compress_k", "self_attn.compress_v", "self_attn.gate", "self_attn.gate_scale"]
+
+CONVERSION_RECORD = "nsa_conversion.json"
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+STAGING_DIR = ".final"
+ADAPTER_DIR = "adapter"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and in which types it is trained and saved."""
+
+    _argument_group_name = "model"
+
+    model: str | None = field(
+        default=None, metadata={"help": "The model: a directory, hub id or GGUF file; also the first argument."}
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Type of the weights while training. Keep float32 and add --bf16 for speed: small steps on "
+            "bfloat16 weights are rounded away.",
+            "choices": DTYPES,
+        },
+    )
+    save_dtype: str | None = field(
+        default=None, metadata={"help": "Type of the saved weights (default: the model's own).", "choices": DTYPES}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow code in the checkpoint to run."})
+
+
+@dataclass
+class DataArguments:
+    """Where text comes from and how it is cut."""
+
+    _argument_group_name = "data"
+
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={"help": "Text files, or JSON lines with a 'text' string or a 'messages' list per line."},
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "A directory saved by the datasets library, or a hub id; instead of files."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of the dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    text_column: str | None = field(default=None, metadata={"help": "Column of the text, when it is not 'text'."})
+    messages_column: str | None = field(
+        default=None, metadata={"help": "Column of the chat messages, when it is not 'messages'."}
+    )
+    max_length: int = field(
+        default=4096,
+        metadata={"help": "Tokens per packed row. Must be more than n * l' of the model to exercise its selection."},
+    )
+    eval_file: list[str] | None = field(default=None, metadata={"help": "Files to evaluate on; same formats."})
+    eval_fraction: float = field(
+        default=0.05, metadata={"help": "Share of the training tokens held out for evaluation without --eval-file."}
+    )
+    eval_slices: int = field(
+        default=4,
+        metadata={
+            "help": "Held-out texts, the longest first, measured by position before and after training; 0: none."
+        },
+    )
+
+
+@dataclass
+class LoraArguments:
+    """LoRA instead of training all weights."""
+
+    _argument_group_name = "LoRA"
+
+    lora: bool = field(default=False, metadata={"help": "Train low-rank adapters, and the new NSA modules whole."})
+    lora_r: int = field(default=16, metadata={"help": "Rank."})
+    lora_alpha: float = field(default=32, metadata={"help": "Scale; the update is multiplied by alpha / rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Linear layers to adapt (default: those of {LORA_TARGETS + LORA_BRANCH_TARGETS} there are)."
+        },
+    )
+
+
+@dataclass
+class FinetuneArguments(TrainingArguments):
+    """`TrainingArguments` with defaults for packed long rows: one row holds what is usually a batch."""
+
+    _argument_group_name = "training"
+
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Packed rows per device and step."})
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "Packed rows per device in evaluation."})
+    learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate for the optimizer."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Total number of training epochs to perform."})
+    logging_steps: float = field(default=1, metadata={"help": "Steps between two points of the loss curve."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace the model and checkpoints of an earlier run in --output-dir."}
+    )
+
+    def __post_init__(self):
+        if not self.output_dir:
+            raise NSAError("--output-dir is required: the directory for the trained model")
+        if self.push_to_hub:
+            raise NSAError("--push-to-hub is not supported; upload the finished directory with `hf upload`")
+        super().__post_init__()
+
+
+ARGUMENT_CLASSES = (ModelArguments, DataArguments, LoraArguments, FinetuneArguments)
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """What a run did.
+
+    Attributes:
+        output_dir: the directory with the final model.
+        adapter_dir: the LoRA adapter alone, or None.
+        steps: optimizer steps of the whole training, resumed ones included.
+        train_loss: mean training loss.
+        train_rows: packed rows in an epoch.
+        train_tokens: tokens in an epoch.
+        before: loss by position on held-out text before training, or None.
+        after: the same after training.
+    """
+
+    output_dir: Path
+    adapter_dir: Path | None
+    steps: int
+    train_loss: float
+    train_rows: int
+    train_tokens: int
+    before: list[PositionBucket] | None
+    after: list[PositionBucket] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types; losses in nats per token."""
+        report = dataclasses.asdict(self)
+        report["output_dir"] = str(self.output_dir)
+        report["adapter_dir"] = str(self.adapter_dir) if self.adapter_dir else None
+        for key in ("before", "after"):
+            if report[key] is not None:
+                report[key] = [bucket._asdict() for bucket in getattr(self, key)]
+        return report
+
+
+def register_lora_targets() -> None:
+    """Tell peft which layers of a native-sparse-attention model LoRA adapts when `target_modules` is not given."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[MODEL_TYPE] = [*LORA_TARGETS, *LORA_BRANCH_TARGETS]
+
+
+if is_peft_available():
+    register_lora_targets()
+
+
+def _check_output(model: str, args: FinetuneArguments) -> None:
+    """Refuse an output directory that would lose or mix somebody's files; resolve the checkpoint to resume from."""
+    output = Path(args.output_dir)
+    if output.resolve() == Path(model).resolve():
+        raise NSAError(f"--output-dir {output} is the model itself; choose another directory")
+    if output.exists() and not output.is_dir():
+        raise NSAError(f"--output-dir {output} is a file; choose a directory")
+    resume = args.resume_from_checkpoint
+    if resume is not None and str(resume).lower() != "false":
+        if str(resume).lower() == "true":
+            resume = get_last_checkpoint(output) if output.is_dir() else None
+            if resume is None:
+                raise NSAError(f"--resume-from-checkpoint: there is no checkpoint in {output}")
+        elif not Path(resume).is_dir():
+            raise NSAError(f"--resume-from-checkpoint: {resume} is not a directory; give a checkpoint-… directory")
+        args.resume_from_checkpoint = str(resume)
+        return
+    args.resume_from_checkpoint = None
+    if output.is_dir() and any(output.iterdir()) and not args.overwrite:
+        raise NSAError(
+            f"--output-dir {output} is not empty; choose a new directory, continue the run in it with "
+            "--resume-from-checkpoint, or replace it with --overwrite"
+        )
+
+
+def _check_arguments(model: ModelArguments, data: DataArguments, lora: LoraArguments, args: FinetuneArguments) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    if not model.model:
+        raise NSAError("a model is required: nsa finetune MODEL …")
+    for name in ("dtype", "save_dtype"):
+        if getattr(model, name) not in (*DTYPES, None) or (name == "dtype" and model.dtype is None):
+            raise NSAError(f"{name} must be one of {', '.join(DTYPES)}, got {getattr(model, name)!r}")
+    if bool(data.train_file) == bool(data.dataset):
+        got = "both" if data.train_file else "neither"
+        raise NSAError(f"give the training text with --train-file or --dataset, one of them; got {got}")
+    if data.max_length < 2:
+        raise NSAError(f"--max-length must be at least 2 tokens, got {data.max_length}")
+    if not 0 <= data.eval_fraction < 1:
+        raise NSAError(f"--eval-fraction must be at least 0 and less than 1, got {data.eval_fraction}")
+    if data.eval_slices < 0:
+        raise NSAError(f"--eval-slices must not be negative, got {data.eval_slices}")
+    if lora.lora:
+        if not is_peft_available():
+            raise NSAError("--lora needs the peft library: pip install 'nsa-transformers[train]'")
+        if lora.lora_r < 1:
+            raise NSAError(f"--lora-r must be at least 1, got {lora.lora_r}")
+        if not 0 <= lora.lora_dropout < 1:
+            raise NSAError(f"--lora-dropout must be at least 0 and less than 1, got {lora.lora_dropout}")
+    elif lora.lora_target_modules:
+        raise NSAError("--lora-target-modules was given without --lora")
+    require_matplotlib()
+    _check_output(model.model, args)
+
+
+def _lora_modules(model, asked: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Return (target_modules, modules_to_save) for LoRA on `model`.
+
+    Raises:
+        NSAError: a name asked for, or every default name, matches no linear layer.
+    """
+    named = list(model.named_modules())
+
+    def matches(target: str) -> bool:
+        return any(
+            isinstance(module, torch.nn.Linear) and (name == target or name.endswith(f".{target}"))
+            for name, module in named
+        )
+
+    linear = sorted({name.rpartition(".")[2] for name, module in named if isinstance(module, torch.nn.Linear)})
+    if asked:
+        missing = [target for target in asked if not matches(target)]
+        if missing:
+            raise NSAError(f"--lora-target-modules: {missing} match no linear layer of the model; it has {linear}")
+        targets = list(asked)
+    else:
+        targets = [target for target in LORA_TARGETS + LORA_BRANCH_TARGETS if matches(target)]
+        if not targets:
+            raise NSAError(f"no default LoRA target is in the model; name some of {linear} with --lora-target-modules")
+    saved = [
+        new
+        for new in NEW_MODULES
+        if any(name.endswith(f".{new}") and any(True for _ in module.parameters()) for name, module in named)
+    ]
+    return targets, saved
+
+
+def _add_lora(model, lora: LoraArguments):
+    """Wrap `model` with trainable adapters; the new NSA modules train whole."""
+    from peft import LoraConfig, get_peft_model
+
+    targets, saved = _lora_modules(model, lora.lora_target_modules)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets,
+        modules_to_save=saved or None,
+    )
+    return get_peft_model(model, config)
+
+
+def _warn_about_length(config, max_length: int) -> None:
+    """Say when rows are too short for the selection, or longer than the model's positions."""
+    if getattr(config, "model_type", None) == MODEL_TYPE:
+        dense = config.num_selected_blocks * config.select_block_size
+        if max_length <= dense:
+            logger.warning(
+                "max_length %d is not more than n * l' = %d * %d = %d tokens: at this length every block is selected, "
+                "attention is full, and the selection is never exercised. Use a --max-length above %d.",
+                max_length,
+                config.num_selected_blocks,
+                config.select_block_size,
+                dense,
+                dense,
+            )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        logger.warning(
+            "max_length %d is more than the model's %d positions: it was never trained on tokens that far",
+            max_length,
+            positions,
+        )
+
+
+def _evaluation_texts(documents: Sequence[np.ndarray], max_length: int, slices: int) -> list[torch.Tensor]:
+    """The `slices` longest held-out pieces of at most `max_length` tokens."""
+    pieces = [document[i : i + max_length] for document in documents for i in range(0, len(document), max_length)]
+    pieces = sorted((piece for piece in pieces if len(piece) > 1), key=len, reverse=True)[:slices]
+    return [torch.from_numpy(piece.astype(np.int64)) for piece in pieces]
+
+
+def _remove_earlier_run(output: Path) -> None:
+    """Delete what an earlier run of this command wrote, and nothing else."""
+    for path in output.glob("checkpoint-*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+    for name in (STAGING_DIR, ADAPTER_DIR):
+        shutil.rmtree(output / name, ignore_errors=True)
+    _remove_weights(output)
+
+
+def _remove_weights(output: Path) -> None:
+    """Delete the model in `output`, config.json first: without it nothing loads what is left by mistake."""
+    for path in [output / "config.json", *output.glob("model*.safetensors"), output / "model.safetensors.index.json"]:
+        path.unlink(missing_ok=True)
+
+
+def _move_into_place(staging: Path, output: Path) -> None:
+    """Move a finished model from `staging` to its parent; config.json last, since it makes the directory loadable."""
+    _remove_weights(output)
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+        target = output / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(path, target)
+    staging.rmdir()
+
+
+@dataclass(frozen=True)
+class _SourceSettings:
+    """What training changes in a loaded model and the saved one must have back."""
+
+    config: dict[str, Any]
+    generation_config: Any
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, name: str, network) -> _SourceSettings:
+        config = {key: getattr(network.config, key) for key in ("use_cache", *SPECIAL_TOKENS)}
+        return cls(config, copy.deepcopy(network.generation_config), _checkpoint_dtype(name, network))
+
+    def restore(self, network) -> None:
+        for key, value in self.config.items():
+            setattr(network.config, key, value)
+        network.generation_config = self.generation_config
+
+
+def _checkpoint_dtype(name: str, network) -> torch.dtype:
+    """The type of a checkpoint's weights on disk; of the loaded weights where it is not recorded (GGUF files)."""
+    if str(name).endswith(".gguf"):
+        return network.dtype
+    saved, _ = PreTrainedConfig.get_config_dict(name)
+    dtype = saved.get("dtype", saved.get("torch_dtype"))
+    return getattr(torch, dtype) if isinstance(dtype, str) and hasattr(torch, dtype) else network.dtype
+
+
+def _carry_record(name: str, directory: Path) -> None:
+    """Copy the record of the conversion, where the model has one, from a directory or the hub."""
+    if str(name).endswith(".gguf"):
+        return
+    record = cached_file(
+        name,
+        CONVERSION_RECORD,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if record is not None:
+        shutil.copyfile(record, directory / CONVERSION_RECORD)
+
+
+def _save_final(trainer: Trainer, tokenizer, model: ModelArguments, source: _SourceSettings) -> Path | None:
+    """Write the final model beside its place and move it in; with LoRA the merged model, and the adapter in `adapter/`.
+
+    Returns:
+        The adapter's directory, or None.
+    """
+    output = Path(trainer.args.output_dir)
+    staging = output / STAGING_DIR
+    accelerator = trainer.accelerator
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    trained = accelerator.unwrap_model(trainer.model_wrapped)
+    state = accelerator.get_state_dict(trainer.model_wrapped) if sharded else None  # collective: every process calls it
+    adapter = output / ADAPTER_DIR if hasattr(trained, "peft_config") else None
+    if trainer.is_world_process_zero():
+        save_dtype = getattr(torch, model.save_dtype) if model.save_dtype else source.dtype
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            if adapter is not None:
+                from peft import PeftModel
+
+                trained.save_pretrained(staging / ADAPTER_DIR, state_dict=state)
+                base, _ = load_model(
+                    model.model, dtype=model.dtype, device="cpu", trust_remote_code=model.trust_remote_code
+                )
+                trained = PeftModel.from_pretrained(base, staging / ADAPTER_DIR).merge_and_unload()
+                state = None
+            source.restore(trained)
+            if state is None:
+                trained.to(save_dtype)
+            trained.save_pretrained(staging, state_dict=state)
+            tokenizer.save_pretrained(staging)
+            _carry_record(model.model, staging)
+            _move_into_place(staging, output)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    accelerator.wait_for_everyone()
+    return adapter
+
+
+def _write_results(
+    trainer: Trainer, report: FinetuneReport, model: ModelArguments, data: DataArguments, lora: LoraArguments
+) -> None:
+    """Write logs, record and pictures beside the model."""
+    output = report.output_dir
+
+    def write(name: str, content: Any) -> None:
+        (output / name).write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+
+    write("log_history.json", trainer.state.log_history)
+    plot_loss_curve(trainer.state.log_history, output / "loss_curve.png")
+    if report.before is not None:
+        plot_position_loss(
+            {"before training": report.before, "after training": report.after},
+            output / "loss_by_position.png",
+            "Loss by position on held-out text",
+        )
+    arguments = {
+        "model": dataclasses.asdict(model),
+        "data": dataclasses.asdict(data),
+        "lora": dataclasses.asdict(lora),
+        "training": trainer.args.to_dict(),
+    }
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    write("nsa_finetune.json", {"report": report.to_dict(), "arguments": arguments, "versions": versions})
+
+
+def _run(model: ModelArguments, data: DataArguments, lora: LoraArguments, args: FinetuneArguments) -> FinetuneReport:
+    """Train as the four argument groups say; see `finetune`."""
+    _check_arguments(model, data, lora, args)
+    if not is_accelerate_available():
+        raise NSAError("training needs the accelerate library: pip install 'nsa-transformers[train]'")
+    if args.n_gpu > 1:
+        logger.warning(
+            "%d devices are visible, one is used; `accelerate launch -m nsa_conversion finetune …` uses all",
+            args.n_gpu,
+        )
+        args._n_gpu = 1  # nn.DataParallel would split the one packed sequence of a batch
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False  # it would only warn
+    main_process = args.process_index == 0
+    columns = {"text_column": data.text_column, "messages_column": data.messages_column}
+    if data.train_file:
+        documents = read_files(data.train_file, **columns)
+    else:
+        documents = read_dataset(data.dataset, data.dataset_config, data.dataset_split, **columns)
+    eval_documents = read_files(data.eval_file, **columns) if data.eval_file else []
+
+    network, tokenizer = load_model(
+        model.model, dtype=model.dtype, device="cpu", trust_remote_code=model.trust_remote_code
+    )
+    if tokenizer is None:
+        raise NSAError(f"{model.model} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
+    source = _SourceSettings.of(model.model, network)
+    if main_process:
+        _warn_about_length(network.config, data.max_length)
+
+    progress = main_process and not args.disable_tqdm
+    encoded = encode_documents(documents, tokenizer, progress)
+    if eval_documents:
+        held_out = encode_documents(eval_documents, tokenizer, progress)
+    else:
+        encoded, held_out = hold_out(encoded, data.eval_fraction, args.seed)
+    rows = pack(encoded, data.max_length)
+    eval_rows: PackedRows | None = pack(held_out, data.max_length) if held_out else None
+    texts = _evaluation_texts(held_out, data.max_length, data.eval_slices)
+
+    set_seed(args.seed)
+    if lora.lora:
+        network = _add_lora(network, lora)
+    if main_process:
+        trainable = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+        everything = sum(parameter.numel() for parameter in network.parameters())
+        print(
+            f"training {trainable:,} of {everything:,} parameters on {rows.num_tokens:,} tokens in {len(rows):,} rows "
+            f"of up to {data.max_length:,}; {eval_rows.num_tokens if eval_rows else 0:,} tokens held out",
+            flush=True,
+        )
+        if args.overwrite and args.resume_from_checkpoint is None and Path(args.output_dir).is_dir():
+            _remove_earlier_run(Path(args.output_dir))
+
+    trainer = Trainer(
+        model=network,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        data_collator=PackedRowsCollator(),
+        processing_class=tokenizer,
+    )
+
+    def measure(description: str) -> list[PositionBucket] | None:
+        if not texts:
+            return None
+        # A sharded model only works as a whole, on all processes at once.
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        with trainer.accelerator.autocast():
+            return loss_by_position(
+                trainer.model_wrapped if sharded else trainer.model,
+                texts,
+                position_edges(max(map(len, texts))),
+                progress=progress,
+                description=description,
+            )
+
+    before = measure("Evaluating before training")
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    after = measure("Evaluating after training")
+    adapter = _save_final(trainer, tokenizer, model, source)
+    report = FinetuneReport(
+        output_dir=Path(args.output_dir),
+        adapter_dir=adapter,
+        steps=result.global_step,
+        train_loss=result.training_loss,
+        train_rows=len(rows),
+        train_tokens=rows.num_tokens,
+        before=before,
+        after=after,
+    )
+    if main_process:
+        _write_results(trainer, report, model, data, lora)
+    return report
+
+
+def finetune(model: str | Path, output_dir: str | Path, **settings: Any) -> FinetuneReport:
+    """Fine-tune a causal language model on packed text and save a directory `from_pretrained` loads.
+
+    Args:
+        model: a directory, hub id or GGUF file.
+        output_dir: the directory for the trained model, checkpoints, logs and pictures; new or empty unless
+            `overwrite` or `resume_from_checkpoint` is given.
+        settings: fields of `ModelArguments`, `DataArguments` (`train_file` or `dataset` is required),
+            `LoraArguments` and `FinetuneArguments` (all of `TrainingArguments`), as on the command line.
+
+    Returns:
+        The report. With LoRA, `output_dir` holds the merged model and `output_dir/adapter` the adapter.
+
+    Raises:
+        NSAError: an unknown setting, unusable data, a LoRA target that matches nothing, an output that exists.
+    """
+    for key in ("train_file", "eval_file"):
+        if isinstance(settings.get(key), (str, Path)):
+            settings[key] = [str(settings[key])]
+    known = {entry.name for group in ARGUMENT_CLASSES for entry in dataclasses.fields(group) if entry.init}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise NSAError(f"unknown settings {unknown}; see nsa finetune --help for all of them")
+    settings |= {"model": str(model), "output_dir": str(output_dir)}
+    if settings.get("dataset") is not None:
+        settings["dataset"] = str(settings["dataset"])
+    return _run(*HfArgumentParser(ARGUMENT_CLASSES).parse_dict(settings))
+
+
+class _Parser(HfArgumentParser):
+    """Reports a mistake in one line: the usage of all TrainingArguments fills several screens."""
+
+    def error(self, message: str) -> NoReturn:
+        raise NSAError(f"{message}; see nsa finetune --help")
+
+
+def _parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, LoraArguments, FinetuneArguments]:
+    parser = _Parser(
+        ARGUMENT_CLASSES,
+        prog="nsa finetune",
+        usage="nsa finetune MODEL --train-file FILE [FILE …] --output-dir DIR [--max-length N] [--lora] [options]",
+        description="Train a model on packed text with transformers' Trainer; every TrainingArguments flag works.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("positional_model", metavar="MODEL", nargs="?", help="a directory, hub id or GGUF file")
+    for action in parser._actions:
+        if action.dest == "resume_from_checkpoint":  # without a value: the latest in the output directory
+            action.nargs, action.const = "?", "true"
+        elif action.type is string_to_bool:  # optional booleans such as --disable-tqdm would need a value
+            action.nargs, action.const = "?", True
+    *groups, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    if rest.positional_model is not None:
+        if groups[0].model is not None:
+            raise NSAError(f"the model was given twice: {rest.positional_model} and --model {groups[0].model}")
+        groups[0].model = rest.positional_model
+    return tuple(groups)
+
+
+def main(argv: list[str]) -> int:
+    """Command line of `nsa finetune`.
+
+    Args:
+        argv: arguments after `nsa finetune`.
+
+    Returns:
+        The exit code.
+    """
+    model, data, lora, args = _parse(argv)
+    report = _run(model, data, lora, args)
+    if args.process_index == 0:
+        if report.before is not None:
+            series = {"before": report.before, "after": report.after}
+            print(
+                f"\nloss by position on held-out text (nats per token)\n\n{format_position_table(series, 'change')}\n"
+            )
+            print(
+                f"mean loss {mean_loss(report.before):.4f} -> {mean_loss(report.after):.4f} after {report.steps} steps"
+            )
+        if report.adapter_dir is not None:
+            print(f"wrote the merged model to {report.output_dir} and the adapter alone to {report.adapter_dir}")
+        else:
+            print(f"wrote the model to {report.output_dir}")
+        sys.stdout.flush()
+    return 0

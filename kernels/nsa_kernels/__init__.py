@@ -1,0 +1,39 @@
+# Copyright 2026 The NSA for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Native Sparse Attention operations for PyTorch (arXiv 2502.11089), without any model around them."""
+
+from .interface import (
+    BACKENDS,
+    compress_mean,
+    compress_mlp,
+    compressed_attention,
+    gated_sum,
+    importance,
+    nsa_attention,
+    resolve_backend,
+    select_blocks,
+    selected_attention,
+    topn_blocks,
+    window_attention,
+)
+from .reference import compressed_cu_seqlens, fold_importance, num_compressed_blocks
+from .validation import check_sizes
+
+__all__ = [
+    "BACKENDS",
+    "check_sizes",
+    "compress_mean",
+    "compress_mlp",
+    "compressed_attention",
+    "compressed_cu_seqlens",
+    "fold_importance",
+    "gated_sum",
+    "importance",
+    "nsa_attention",
+    "num_compressed_blocks",
+    "resolve_backend",
+    "select_blocks",
+    "selected_attention",
+    "topn_blocks",
+    "window_attention",
+]

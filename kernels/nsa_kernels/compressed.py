@@ -1,0 +1,552 @@
+# Copyright 2026 The NSA for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Attention to the compressed blocks in Triton, forward and backward: `reference.compressed_attention`.
+
+Flash attention with a staircase for a mask: position t sees the first (t + 1 - l) // d + 1 compressed blocks. Forward
+and dq take a tile of queries of one head; dk and dv take a tile of blocks and one query head, and the heads of a group
+are summed afterwards in fixed order: two runs give the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .reference import compressed_cu_seqlens
+from .triton_common import (
+    LOG2E,
+    NEGATIVE,
+    Layout,
+    add_product,
+    describe,
+    dot_pair,
+    empty_pair,
+    load_pair,
+    load_tile,
+    locate,
+    precision,
+    row_delta,
+    softmax_end,
+    softmax_step,
+    split_head_dim,
+    store_pair,
+    tile_map,
+)
+
+__all__ = ["compressed_attention", "compressed_backward", "compressed_forward"]
+
+# Arguments that change with the number of tokens: a kernel is not compiled anew for each kind of value.
+_VARYING = [
+    "T", "C", "q_offset", "tiles", "stride_lb", "stride_lh", "stride_db", "stride_dh",
+    *(f"{name}_{step}" for name in ("q", "k", "v", "do") for step in ("batch", "head")),
+]  # fmt: skip
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+def compressed_attention(
+    q,
+    k_cmp,
+    v_cmp,
+    *,
+    compress_block_size,
+    compress_stride,
+    scale=None,
+    leftpad=None,
+    q_offset=0,
+    cu_seqlens=None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to the compressed blocks (eq. 5, branch cmp): block i is visible to position t if i·d + l - 1 <= t.
+
+    Args:
+        q: `[B, T, HQ, D]`; bf16, fp16 or fp32.
+        k_cmp: `[B, C, H, D]`, v_cmp: `[B, C, H, DV]`, in the dtype of `q`.
+        scale: Factor of the scores, > 0, default `D ** -0.5`.
+        leftpad, q_offset, cu_seqlens: As for the reference; `q_offset` is an int.
+
+    Returns:
+        o_cmp `[B, T, HQ, DV]` in the dtype of `q`, lse `[B, T, HQ]` fp32, both with gradients.
+
+    Raises:
+        NotImplementedError: `q_offset` is a tensor, `scale` <= 0, or a dtype or head dim without a kernel.
+    """
+    layout = Layout(q, leftpad, q_offset, cu_seqlens)
+    scale = check_inputs(q, k_cmp, v_cmp, scale)
+    return _CompressedAttention.apply(q, k_cmp, v_cmp, layout, compress_block_size, compress_stride, scale)
+
+
+def check_inputs(q, k_cmp, v_cmp, scale):
+    """The scale; arguments without a kernel are refused by name."""
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not scale > 0:
+        raise NotImplementedError(f"`scale` must be > 0 for the Triton kernels, got {scale}; use backend='reference'.")
+    for name, x in (("q", q), ("k_cmp", k_cmp), ("v_cmp", v_cmp)):
+        if x is None:
+            continue
+        if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or x.dtype != q.dtype:
+            raise NotImplementedError(
+                f"`{name}` must be bfloat16, float16 or float32, and of the dtype of `q`, for the Triton kernels, got "
+                f"{x.dtype}; use backend='reference'."
+            )
+        if x.shape[-1] > 256:
+            raise NotImplementedError(
+                f"`{name}` must have a head dim of at most 256 for the Triton kernels, got {x.shape[-1]}; use "
+                "backend='reference'."
+            )
+    return scale
+
+
+class _CompressedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k_cmp, v_cmp, layout, compress_block_size, compress_stride, scale):
+        sizes = (compress_block_size, compress_stride, scale)
+        o, lse = compressed_forward(q, k_cmp, v_cmp, layout, *sizes)
+        ctx.save_for_backward(q, k_cmp, v_cmp, o, lse)
+        ctx.layout, ctx.sizes = layout, sizes
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        q, k_cmp, v_cmp, o, lse = ctx.saved_tensors
+        if do is None and dlse is None:
+            return (None,) * 7
+        do = torch.zeros_like(o) if do is None else do
+        rows = [ctx.layout.rows(x) for x in (o, do)]
+        dlse = dlse[None] if ctx.layout.packed and dlse is not None else dlse
+        delta, _ = row_delta(*rows, dlse, by_head=True)
+        delta = delta[0] if ctx.layout.packed else delta
+        return *compressed_backward(q, k_cmp, v_cmp, do, lse, delta, ctx.layout, *ctx.sizes), *(None,) * 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launchers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compressed_forward(q, k_cmp, v_cmp, layout, compress_block_size, compress_stride, scale):
+    """Outputs of `compressed_attention`, without autograd; `lse` is a view of a `[B, HQ, T]` buffer."""
+    HQ, D, DV = *q.shape[-2:], v_cmp.shape[-1]
+    o = q.new_empty(*q.shape[:-1], DV)
+    lse = torch.empty(layout.B, HQ, layout.T, dtype=torch.float32, device=q.device).transpose(1, 2)
+    config = _row_config(D, DV, q.dtype, backward=False)
+    tiles = layout.tiles(config["BLOCK_M"])
+    q, k, v, o_rows = (layout.rows(x) for x in (q, k_cmp, v_cmp, o))
+    if not k.numel():
+        o.zero_()
+        lse.fill_(float("-inf"))
+    elif o.numel():
+        _forward_kernel[(HQ, tiles, layout.B)](
+            q, o_rows, lse, *strides(q, o_rows, lse),
+            **describe("k", k, config["BLOCK_N"]), **describe("v", v, config["BLOCK_N"]),
+            map_ptr=layout.map(config["BLOCK_M"]),
+            cu_k_ptr=cu_blocks(layout, compress_block_size, compress_stride),
+            **layout.where(),
+            C=k.shape[1], scale=scale, tiles=tiles,
+            **_shapes(q, k, v, compress_block_size, compress_stride), **config,
+        )  # fmt: skip
+    return o, lse[0] if layout.packed else lse
+
+
+def compressed_backward(
+    q, k_cmp, v_cmp, do, lse, delta, layout, compress_block_size, compress_stride, scale, gate=None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `compressed_attention`.
+
+    Args:
+        do: `[B, T, HQ, DV]`, gradient of o_cmp; with `gate`, of gate · o_cmp.
+        lse: `[B, T, HQ]`, of the forward pass.
+        delta: fp32 `[B, T, HQ]`, as of `row_delta`, with the gate; its values of a head best lie side by side.
+        gate: `[B, T, HQ]` or None.
+
+    Returns:
+        dq, dk_cmp, dv_cmp in the shapes and dtypes of q, k_cmp, v_cmp.
+    """
+    if gate is not None:
+        # inside the kernels a gate would take registers that the tiles of dk and dv need
+        do = torch.mul(do, gate[..., None], out=torch.empty_like(do, memory_format=torch.contiguous_format))
+    HQ, D, DV, G = *q.shape[-2:], v_cmp.shape[-1], q.shape[-2] // k_cmp.shape[-2]
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    q, k, v, do, dq_rows = (layout.rows(x) for x in (q, k_cmp, v_cmp, do, dq))
+    lse, delta = (x[None] if layout.packed else x for x in (lse, delta))
+    B, C = k.shape[:2]
+    cu_k = cu_blocks(layout, compress_block_size, compress_stride)
+    stats = {
+        f"stride_{name}{dim}": stride
+        for name, x in (("l", lse), ("d", delta))
+        for dim, stride in zip("bth", x.stride(), strict=True)
+    }
+    shapes = _shapes(q, k, v, compress_block_size, compress_stride)
+    if not k.numel():
+        dq.zero_()
+    elif dq.numel():
+        config = _row_config(D, DV, q.dtype, backward=True)
+        tiles = layout.tiles(config["BLOCK_M"])
+        _backward_q_kernel[(HQ, tiles, B)](
+            q, do, dq_rows, lse, delta, *strides(q, do, dq_rows),
+            **describe("k", k, config["BLOCK_N"]), **describe("v", v, config["BLOCK_N"]), **stats,
+            map_ptr=layout.map(config["BLOCK_M"]), cu_k_ptr=cu_k, **layout.where(),
+            C=C, scale=scale, tiles=tiles, **shapes, **config,
+        )  # fmt: skip
+
+    # one partial gradient per query head: enough programs at any G, and a sum in fixed order
+    dtype = q.dtype if G == 1 else torch.float32
+    allocate = torch.zeros if layout.packed else torch.empty  # packed: rows behind the last sequence have no program
+    dk = allocate(B, HQ, C, D, dtype=dtype, device=q.device)
+    dv = allocate(B, HQ, C, DV, dtype=dtype, device=q.device)
+    if not dq.numel():
+        dk.zero_()
+        dv.zero_()
+    elif k.numel():
+        config, together = _block_config(D, DV, q.dtype)
+        tile = config["BLOCK_N"]
+        tiles = C // tile + layout.N if layout.packed else triton.cdiv(C, tile)
+        map_ptr = tile_map(cu_k, tile, C) if layout.packed else None
+        for want_dk, want_dv in ((True, True),) if together else ((True, False), (False, True)):
+            _backward_kv_kernel[(HQ, tiles, B)](
+                k, v, dk, dv, lse, delta, *strides(k, v),
+                **describe("q", q, config["BLOCK_M"]), **describe("do", do, config["BLOCK_M"]), **stats,
+                map_ptr=map_ptr, cu_k_ptr=cu_k, **layout.where(), C=C, scale=scale,
+                WANT_DK=want_dk, WANT_DV=want_dv, **shapes, **config,
+            )  # fmt: skip
+    grads = []
+    for partial, like in ((dk, k_cmp), (dv, v_cmp)):
+        grad = partial if G == 1 else partial.unflatten(1, (-1, G)).sum(2)
+        grad = grad.transpose(1, 2).to(like.dtype)
+        grads.append(grad[0] if layout.packed else grad)
+    return dq, *grads
+
+
+def strides(*tensors):
+    """Strides of batch, token and head of each tensor."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def head_dims(x, name):
+    """A head dim and the two tiles that hold it, named e.g. D, D1 and D2."""
+    first, second = split_head_dim(x.shape[-1])
+    return {name: x.shape[-1], f"{name}1": first, f"{name}2": second}
+
+
+def _shapes(q, k, v, compress_block_size, compress_stride):
+    return {
+        "G": q.shape[2] // k.shape[2],
+        **head_dims(q, "D"),
+        **head_dims(v, "DV"),
+        "SIZE": compress_block_size,
+        "STRIDE": compress_stride,
+        "PRECISION": precision(q.dtype),
+    }
+
+
+def cu_blocks(layout, compress_block_size, compress_stride):
+    """Cumulative numbers of compressed blocks, None unless packed."""
+    if not layout.packed:
+        return None
+    return compressed_cu_seqlens(layout.cu_seqlens, compress_block_size, compress_stride)
+
+
+def _row_config(D, DV, dtype, backward):
+    """Tiles of the kernels that own a tile of queries."""
+    widest = max(D, DV)
+    if dtype == torch.float32:
+        return {"BLOCK_M": 64 if widest <= 128 else 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+    if widest <= 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2 if backward else 3}
+    return {"BLOCK_M": 128, "BLOCK_N": 32 if backward else 64, "num_warps": 8, "num_stages": 2}
+
+
+def _block_config(D, DV, dtype):
+    """Tiles of the kernel that owns a tile of compressed blocks, and whether one launch holds both dk and dv."""
+    widest = max(D, DV)
+    if dtype == torch.float32:
+        rows, keys, stages, together = 32, 32, 1, widest <= 128
+    elif widest <= 128:
+        rows, keys, stages, together = 64, 128, 3, True
+    else:
+        rows, keys, stages, together = 32, 64, 2, D + DV <= 320
+    # Triton 3.9 spills registers if the masked loop has three stages too, 3.6 if it has not
+    masked = 2 if stages == 3 and widest > 96 and _TRITON >= (3, 9) else stages
+    config = {"BLOCK_M": rows, "BLOCK_N": keys, "MASKED_STAGES": masked, "num_warps": 8, "num_stages": stages}
+    return config, together
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def visible_blocks(position, C, SIZE: tl.constexpr, STRIDE: tl.constexpr):
+    """Number of the C compressed blocks that are complete at a position: the last token of block i is i·d + l - 1."""
+    return tl.minimum(tl.maximum(position + 1 - SIZE + STRIDE, 0) // STRIDE, C)
+
+
+@triton.jit
+def locate_blocks(i_seq, cu_k_ptr, C, PACKED: tl.constexpr):
+    """First compressed block of a sequence inside its row of the tensor (int64), and their number."""
+    if PACKED:
+        block0 = tl.load(cu_k_ptr + i_seq).to(tl.int64)
+        blocks = (tl.load(cu_k_ptr + i_seq + 1) - block0).to(tl.int32)
+    else:
+        block0 = tl.zeros([], dtype=tl.int64)
+        blocks = C
+    return block0, blocks
+
+
+@triton.jit
+def _forward_step(
+    q_1, q_2, m, z, acc_1, acc_2, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col,
+    start, offs_n, n_visible, scale_log2,
+    D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
+    MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of compressed blocks; MASK where some query of the tile does not see all of it."""
+    offs_key = start + offs_n
+    k_1, k_2 = load_tile(k_desc, k_desc2, k_row + start, k_col, D1, D2)
+    v_1, v_2 = load_tile(v_desc, v_desc2, v_row + start, v_col, DV1, DV2)
+    s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
+    if MASK:
+        s = tl.where(offs_key[None, :] < n_visible[:, None], s, float("-inf"))
+    return softmax_step(s, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _forward_kernel(
+    q_ptr, o_ptr, lse_ptr,
+    stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh,
+    k_desc, k_desc2, k_batch, k_head, k_column, v_desc, v_desc2, v_batch, v_head, v_column,
+    map_ptr, cu_ptr, cu_k_ptr, leftpad_ptr, T, C, q_offset, scale, tiles,
+    G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    PACKED: tl.constexpr, LEFTPAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """o and lse of a tile of queries of one head.
+
+    Grid: (HQ, tiles, B), the tiles with most blocks first.
+    """
+    i_head, i_b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    i_tile = tiles - 1 - tl.program_id(1)
+    i_seq, start, rows, row0, pos0, _ = locate(
+        i_tile, i_b, map_ptr, cu_ptr, leftpad_ptr, T, q_offset, BLOCK_M, PACKED, LEFTPAD
+    )
+    if start >= rows:
+        return
+    block0, blocks = locate_blocks(i_seq, cu_k_ptr, C, PACKED)
+
+    offs_m = start + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_m = offs_m < rows
+    offs_row = row0 + offs_m
+    n_visible = visible_blocks(pos0 + offs_m, blocks, SIZE, STRIDE)
+    n_all = visible_blocks(pos0 + start, blocks, SIZE, STRIDE) // BLOCK_N * BLOCK_N
+    n_any = visible_blocks(pos0 + tl.minimum(start + BLOCK_M, rows) - 1, blocks, SIZE, STRIDE)
+
+    q_ptrs = q_ptr + i_b * stride_qb + i_head * stride_qh + offs_row * stride_qt
+    q_1, q_2 = load_pair(q_ptrs, mask_m, D, D1, D2, True)
+    k_row, k_col = ((i_b * k_batch + i_head // G * k_head + block0).to(tl.int32), (i_head // G * k_column).to(tl.int32))
+    v_row, v_col = ((i_b * v_batch + i_head // G * v_head + block0).to(tl.int32), (i_head // G * v_column).to(tl.int32))
+
+    acc_1, acc_2 = empty_pair(BLOCK_M, DV1, DV2)
+    m = tl.full([BLOCK_M], NEGATIVE, dtype=tl.float32)
+    z = tl.zeros([BLOCK_M], dtype=tl.float32)
+    scale_log2 = scale * LOG2E
+    for i in range(0, n_all, BLOCK_N):
+        m, z, acc_1, acc_2 = _forward_step(
+            q_1, q_2, m, z, acc_1, acc_2, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col,
+            i, offs_n, n_visible, scale_log2, D1, D2, DV1, DV2, False, PRECISION,
+        )  # fmt: skip
+    for i in range(n_all, n_any, BLOCK_N):
+        m, z, acc_1, acc_2 = _forward_step(
+            q_1, q_2, m, z, acc_1, acc_2, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col,
+            i, offs_n, n_visible, scale_log2, D1, D2, DV1, DV2, True, PRECISION,
+        )  # fmt: skip
+
+    acc_1, acc_2, lse = softmax_end(m, z, acc_1, acc_2, scale_log2, DV2)
+    tl.store(lse_ptr + i_b * stride_lb + i_head * stride_lh + offs_row * stride_lt, lse, mask=mask_m)
+    o_ptrs = o_ptr + i_b * stride_ob + i_head * stride_oh + offs_row * stride_ot
+    store_pair(o_ptrs, acc_1, acc_2, mask_m, DV, DV1, DV2)
+
+
+@triton.jit
+def _backward_q_step(
+    q_1, q_2, do_1, do_2, dq_1, dq_2, lse, delta, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col,
+    start, offs_n, n_visible, scale_log2, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
+    MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of one tile of compressed blocks, still without the factor `scale`."""
+    offs_key = start + offs_n
+    k_1, k_2 = load_tile(k_desc, k_desc2, k_row + start, k_col, D1, D2)
+    v_1, v_2 = load_tile(v_desc, v_desc2, v_row + start, v_col, DV1, DV2)
+    s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
+    dp = dot_pair(do_1, do_2, v_1, v_2, DV2, PRECISION)
+    p = tl.exp2(s * scale_log2 - lse[:, None])
+    if MASK:
+        p = tl.where(offs_key[None, :] < n_visible[:, None], p, 0.0)
+    ds = p * (dp - delta[:, None])
+    return add_product(dq_1, dq_2, ds.to(k_1.dtype), k_1, k_2, D2, PRECISION)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _backward_q_kernel(
+    q_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr,
+    stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh,
+    k_desc, k_desc2, k_batch, k_head, k_column, v_desc, v_desc2, v_batch, v_head, v_column,
+    stride_lb, stride_lt, stride_lh, stride_db, stride_dt, stride_dh,
+    map_ptr, cu_ptr, cu_k_ptr, leftpad_ptr, T, C, q_offset, scale, tiles,
+    G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    PACKED: tl.constexpr, LEFTPAD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dq of a tile of queries of one head.
+
+    Grid: (HQ, tiles, B), the tiles with most blocks first.
+    """
+    i_head, i_b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    i_tile = tiles - 1 - tl.program_id(1)
+    i_seq, start, rows, row0, pos0, _ = locate(
+        i_tile, i_b, map_ptr, cu_ptr, leftpad_ptr, T, q_offset, BLOCK_M, PACKED, LEFTPAD
+    )
+    if start >= rows:
+        return
+    block0, blocks = locate_blocks(i_seq, cu_k_ptr, C, PACKED)
+
+    offs_m = start + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_m = offs_m < rows
+    offs_row = row0 + offs_m
+    n_visible = visible_blocks(pos0 + offs_m, blocks, SIZE, STRIDE)
+    n_all = visible_blocks(pos0 + start, blocks, SIZE, STRIDE) // BLOCK_N * BLOCK_N
+    n_any = visible_blocks(pos0 + tl.minimum(start + BLOCK_M, rows) - 1, blocks, SIZE, STRIDE)
+
+    q_ptrs = q_ptr + i_b * stride_qb + i_head * stride_qh + offs_row * stride_qt
+    do_ptrs = do_ptr + i_b * stride_ob + i_head * stride_oh + offs_row * stride_ot
+    q_1, q_2 = load_pair(q_ptrs, mask_m, D, D1, D2, True)
+    do_1, do_2 = load_pair(do_ptrs, mask_m, DV, DV1, DV2, True)
+    lse_ptrs = lse_ptr + i_b * stride_lb + i_head * stride_lh + offs_row * stride_lt
+    lse = tl.load(lse_ptrs, mask=mask_m, other=0.0) * LOG2E
+    delta_ptrs = delta_ptr + i_b * stride_db + i_head * stride_dh + offs_row * stride_dt
+    delta = tl.load(delta_ptrs, mask=mask_m, other=0.0)
+    k_row, k_col = ((i_b * k_batch + i_head // G * k_head + block0).to(tl.int32), (i_head // G * k_column).to(tl.int32))
+    v_row, v_col = ((i_b * v_batch + i_head // G * v_head + block0).to(tl.int32), (i_head // G * v_column).to(tl.int32))
+
+    dq_1, dq_2 = empty_pair(BLOCK_M, D1, D2)
+    scale_log2 = scale * LOG2E
+    for i in range(0, n_all, BLOCK_N):
+        dq_1, dq_2 = _backward_q_step(
+            q_1, q_2, do_1, do_2, dq_1, dq_2, lse, delta, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row,
+            v_col, i, offs_n, n_visible, scale_log2, D1, D2, DV1, DV2, False, PRECISION,
+        )  # fmt: skip
+    for i in range(n_all, n_any, BLOCK_N):
+        dq_1, dq_2 = _backward_q_step(
+            q_1, q_2, do_1, do_2, dq_1, dq_2, lse, delta, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row,
+            v_col, i, offs_n, n_visible, scale_log2, D1, D2, DV1, DV2, True, PRECISION,
+        )  # fmt: skip
+    if D2 > 0:
+        dq_2 *= scale
+    dq_ptrs = dq_ptr + i_b * stride_gb + i_head * stride_gh + offs_row * stride_gt
+    store_pair(dq_ptrs, dq_1 * scale, dq_2, mask_m, D, D1, D2)
+
+
+@triton.jit
+def _backward_kv_step(
+    k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2, q_desc, q_desc2, q_row, q_col, do_desc, do_desc2, do_row, do_col,
+    lse_ptr, delta_ptr, stride_lt, stride_dt,
+    offs_last, start, offs_m, rows, pos0, scale_log2,
+    D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
+    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
+    MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk (still without the factor `scale`) and dv of one tile of queries; MASK where they do not see all blocks."""
+    q_1, q_2 = load_tile(q_desc, q_desc2, q_row + start, q_col, D1, D2)
+    do_1, do_2 = load_tile(do_desc, do_desc2, do_row + start, do_col, DV1, DV2)
+    mask_m = offs_m < rows - start
+    lse = tl.load(lse_ptr + start * stride_lt + offs_m * stride_lt, mask=mask_m, other=float("inf")) * LOG2E
+    delta = tl.load(delta_ptr + start * stride_dt + offs_m * stride_dt, mask=mask_m, other=0.0)
+    s = dot_pair(k_1, k_2, q_1, q_2, D2, PRECISION)
+    p = tl.exp2(s * scale_log2 - lse[None, :])
+    if MASK:
+        p = tl.where(offs_last[:, None] <= (pos0 + start + offs_m)[None, :], p, 0.0)
+    if WANT_DV:
+        dv_1, dv_2 = add_product(dv_1, dv_2, p.to(do_1.dtype), do_1, do_2, DV2, PRECISION)
+    if WANT_DK:
+        dp = dot_pair(v_1, v_2, do_1, do_2, DV2, PRECISION)
+        ds = p * (dp - delta[None, :])
+        dk_1, dk_2 = add_product(dk_1, dk_2, ds.to(q_1.dtype), q_1, q_2, D2, PRECISION)
+    return dk_1, dk_2, dv_1, dv_2
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _backward_kv_kernel(
+    k_ptr, v_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr,
+    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    q_desc, q_desc2, q_batch, q_head, q_column, do_desc, do_desc2, do_batch, do_head, do_column,
+    stride_lb, stride_lt, stride_lh, stride_db, stride_dt, stride_dh,
+    map_ptr, cu_ptr, cu_k_ptr, leftpad_ptr, T, C, q_offset, scale,
+    G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    PACKED: tl.constexpr, LEFTPAD: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_STAGES: tl.constexpr,
+):  # fmt: skip
+    """What one query head adds to dk and dv of a tile of compressed blocks, `[B, HQ, C, D]` and `[B, HQ, C, DV]`.
+
+    Grid: (HQ, tiles of blocks, B), the tiles with most queries first.
+    """
+    i_head, i_b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    # the tiles are tiles of compressed blocks here: `cu_k` and C take the places of `cu` and T
+    i_seq, first, blocks, block0, _, _ = locate(
+        tl.program_id(1), i_b, map_ptr, cu_k_ptr, leftpad_ptr, C, q_offset, BLOCK_N, PACKED, False
+    )
+    if first >= blocks:
+        return
+    row0 = tl.zeros([], dtype=tl.int64)
+    rows = T
+    pos0 = q_offset
+    if PACKED:
+        row0 = tl.load(cu_ptr + i_seq).to(tl.int64)
+        rows = (tl.load(cu_ptr + i_seq + 1) - row0).to(tl.int32)
+        pos0 = 0
+    if LEFTPAD:
+        pos0 = q_offset - tl.load(leftpad_ptr + i_b).to(tl.int32)
+
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_last = (first + offs_n) * STRIDE + SIZE - 1  # position of each block's last token
+    mask_key = offs_n < blocks - first
+    k_ptr += i_b * stride_kb + i_head // G * stride_kh + (block0 + first) * stride_kt
+    v_ptr += i_b * stride_vb + i_head // G * stride_vh + (block0 + first) * stride_vt
+    k_1, k_2 = load_pair(k_ptr + offs_n * stride_kt, mask_key, D, D1, D2, True)
+    v_1, v_2 = load_pair(v_ptr + offs_n * stride_vt, mask_key, DV, DV1, DV2, True)
+
+    # the first query that sees block i is at position i·d + l - 1
+    m_any = tl.maximum(first * STRIDE + SIZE - 1 - pos0, 0) // BLOCK_M * BLOCK_M
+    m_all = tl.maximum((first + BLOCK_N - 1) * STRIDE + SIZE - 1 - pos0, 0)
+    m_all = tl.maximum(tl.minimum(tl.cdiv(m_all, BLOCK_M), tl.cdiv(rows, BLOCK_M)) * BLOCK_M, m_any)
+    offs_m = tl.arange(0, BLOCK_M)
+    q_row, q_col = ((i_b * q_batch + i_head * q_head + row0).to(tl.int32), (i_head * q_column).to(tl.int32))
+    do_row, do_col = ((i_b * do_batch + i_head * do_head + row0).to(tl.int32), (i_head * do_column).to(tl.int32))
+    lse_ptr += i_b * stride_lb + i_head * stride_lh + row0 * stride_lt
+    delta_ptr += i_b * stride_db + i_head * stride_dh + row0 * stride_dt
+
+    dk_1, dk_2 = empty_pair(BLOCK_N, D1, D2)
+    dv_1, dv_2 = empty_pair(BLOCK_N, DV1, DV2)
+    scale_log2 = scale * LOG2E
+    for i in tl.range(m_any, m_all, BLOCK_M, num_stages=MASKED_STAGES):
+        dk_1, dk_2, dv_1, dv_2 = _backward_kv_step(
+            k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2, q_desc, q_desc2, q_row, q_col, do_desc, do_desc2, do_row,
+            do_col, lse_ptr, delta_ptr, stride_lt, stride_dt, offs_last, i, offs_m, rows, pos0, scale_log2,
+            D1, D2, DV1, DV2, WANT_DK, WANT_DV, True, PRECISION,
+        )  # fmt: skip
+    for i in range(m_all, rows, BLOCK_M):
+        dk_1, dk_2, dv_1, dv_2 = _backward_kv_step(
+            k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2, q_desc, q_desc2, q_row, q_col, do_desc, do_desc2, do_row,
+            do_col, lse_ptr, delta_ptr, stride_lt, stride_dt, offs_last, i, offs_m, rows, pos0, scale_log2,
+            D1, D2, DV1, DV2, WANT_DK, WANT_DV, False, PRECISION,
+        )  # fmt: skip
+
+    part = (i_b * tl.num_programs(0) + i_head) * C + block0 + first
+    if WANT_DK:
+        if D2 > 0:
+            dk_2 *= scale
+        store_pair(dk_ptr + part * D + offs_n * D, dk_1 * scale, dk_2, mask_key, D, D1, D2)
+    if WANT_DV:
+        store_pair(dv_ptr + part * DV + offs_n * DV, dv_1, dv_2, mask_key, DV, DV1, DV2)

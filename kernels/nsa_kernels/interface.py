@@ -1,0 +1,181 @@
+# Copyright 2026 The NSA for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""The public operations: inputs are checked, then the chosen backend runs.
+
+Every operation has the signature and meaning of its namesake in `reference.py`, plus `backend`:
+
+- `"auto"`: the Triton kernels for CUDA tensors that they can take, else the reference (see `resolve_backend`).
+- `"reference"`: pure PyTorch, on any device.
+- `"triton"`: the Triton kernels; an error where they cannot run, never a silent fallback.
+
+`compress_mean`, `compress_mlp`, `importance`, `topn_blocks` and `gated_sum` have one implementation that runs anywhere.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+
+import torch
+
+from . import reference
+from .availability import triton_error
+from .validation import check_layout, check_sizes, check_tensors
+
+__all__ = [
+    "BACKENDS",
+    "compress_mean",
+    "compress_mlp",
+    "compressed_attention",
+    "gated_sum",
+    "importance",
+    "nsa_attention",
+    "resolve_backend",
+    "select_blocks",
+    "selected_attention",
+    "topn_blocks",
+    "window_attention",
+]
+
+BACKENDS = ("auto", "triton", "reference")
+
+# operation -> module that holds its Triton implementation
+_TRITON_MODULES = {
+    "compressed_attention": "compressed",
+    "nsa_attention": "attention",
+    "select_blocks": "selection",
+    "selected_attention": "selected",
+    "window_attention": "window",
+}
+
+
+def resolve_backend(
+    backend: str = "auto",
+    q: torch.Tensor | None = None,
+    *,
+    q_offset: int | torch.Tensor = 0,
+    return_weights: bool = False,
+) -> str:
+    """Name of the implementation that `backend` stands for.
+
+    "auto" takes the kernels for CUDA tensors in bf16, fp16 or fp32, head dims up to 256, an int `q_offset` and no
+    `return_weights`; a tensor `q_offset` belongs to decoding with a static cache.
+
+    Args:
+        backend: "auto", "triton" or "reference".
+        q: Queries; default: what the current device would run.
+        q_offset, return_weights: As given to the operation.
+
+    Returns:
+        "triton" or "reference".
+
+    Raises:
+        ValueError: Unknown name.
+        NotImplementedError: "triton" where the kernels cannot run; says why.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
+    if backend == "reference":
+        return backend
+    device = None if q is None else q.device
+    if backend == "triton":
+        if (reason := triton_error(device)) is not None:
+            raise NotImplementedError(f"backend='triton' cannot run: {reason} backend='reference' runs anywhere.")
+        return backend
+    if q is None:
+        return "triton" if torch.cuda.is_available() and triton_error() is None else "reference"
+    takes = (
+        device.type == "cuda"
+        and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and q.shape[-1] <= 256
+        and not isinstance(q_offset, torch.Tensor)
+        and not return_weights
+        and triton_error(device) is None
+    )
+    return "triton" if takes else "reference"
+
+
+def _public(name: str, check: Callable) -> Callable:
+    """The operation `name` of the reference, with `backend` and input checks added."""
+    specification = getattr(reference, name)
+    signature = inspect.signature(specification)
+
+    @functools.wraps(specification)
+    def operation(*args, backend: str = "auto", **kwargs):
+        if not torch.compiler.is_compiling():
+            check(**signature.bind(*args, **kwargs).arguments)
+        implementation = specification
+        if name in _TRITON_MODULES:
+            choice = {name: kwargs[name] for name in ("q_offset", "return_weights") if name in kwargs}
+            if resolve_backend(backend, args[0] if args else kwargs["q"], **choice) == "triton":
+                implementation = _triton(name)
+        elif backend not in BACKENDS:
+            raise ValueError(f"`backend` must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
+        return implementation(*args, **kwargs)
+
+    parameter = inspect.Parameter("backend", inspect.Parameter.KEYWORD_ONLY, default="auto", annotation=str)
+    operation.__signature__ = signature.replace(parameters=[*signature.parameters.values(), parameter])
+    return operation
+
+
+@functools.cache
+def _triton(name):
+    # imported on first use: importing this package never imports triton
+    return getattr(importlib.import_module(f".{_TRITON_MODULES[name]}", __package__), name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+# ---------------------------------------------------------------------------------------------------------------------
+
+_SIZES = inspect.signature(check_sizes).parameters
+
+
+def _check_attention(q, k=None, v=None, k_cmp=None, v_cmp=None, k_win=None, v_win=None, **rest):
+    sizes = {name: value for name, value in rest.items() if name in _SIZES}
+    if {"compress_stride", "select_block_size"} - sizes.keys():
+        sizes = {name: value for name, value in sizes.items() if name == "window_size"}
+    elif "num_selected_blocks" not in sizes:  # fits whatever is forced
+        sizes["num_selected_blocks"] = sizes.get("num_initial_blocks", 1) + sizes.get("num_local_blocks", 2)
+    check_sizes(**sizes)
+    pairs = {"k": (k, v), "k_cmp": (k_cmp, v_cmp), "k_win": (k_win, v_win)}
+    pairs = {name: pair for name, pair in pairs.items() if pair[0] is not None}
+    gates = {name: rest[name] for name in ("g_cmp", "g_slc", "g_win") if name in rest}
+    check_tensors(q, pairs, gates, rest.get("cu_seqlens"), rest.get("leftpad"))
+
+
+def _check_compress(x, compress_block_size, compress_stride, cu_seqlens=None, **rest):
+    check_sizes(
+        compress_block_size=compress_block_size, compress_stride=compress_stride, select_block_size=compress_block_size
+    )
+    check_layout("x", x, cu_seqlens)
+
+
+def _check_topn(imp, select_block_size, num_selected_blocks, num_initial_blocks=1, num_local_blocks=2, **rest):
+    check_sizes(
+        compress_block_size=select_block_size,
+        compress_stride=select_block_size,
+        select_block_size=select_block_size,
+        num_selected_blocks=num_selected_blocks,
+        num_initial_blocks=num_initial_blocks,
+        num_local_blocks=num_local_blocks,
+    )
+    check_layout("imp", imp, None)
+
+
+def _check_sum(o_cmp, o_slc, o_win, **gates):
+    for name, gate in gates.items():
+        if gate.shape != o_slc.shape[:-1]:
+            raise ValueError(f"`{name}` must have shape {list(o_slc.shape[:-1])}, got {list(gate.shape)}.")
+
+
+compress_mean = _public("compress_mean", _check_compress)
+compress_mlp = _public("compress_mlp", _check_compress)
+compressed_attention = _public("compressed_attention", _check_attention)
+importance = _public("importance", _check_attention)
+topn_blocks = _public("topn_blocks", _check_topn)
+select_blocks = _public("select_blocks", _check_attention)
+selected_attention = _public("selected_attention", _check_attention)
+window_attention = _public("window_attention", _check_attention)
+gated_sum = _public("gated_sum", _check_sum)
+nsa_attention = _public("nsa_attention", _check_attention)

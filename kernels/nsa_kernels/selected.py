@@ -1,0 +1,1111 @@
+# Copyright 2026 The NSA for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Attention to the selected blocks in Triton, over the union of the blocks that neighbouring queries chose.
+
+Forward and dQ: a program holds a tile of TQ neighbouring queries times the heads of a group (about 64 rows) and walks
+the union of their blocks; a word per block tells which of its queries chose it. dK/dV: a program holds a block and
+walks the exact list of the queries that chose it, in ascending order; long lists are split and their fp32 parts are
+summed in a fixed order, so that two runs give the same bits.
+
+Symbols: see `reference.py`. L is l', NP the next power of two of n, GT the heads of a group in one tile.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .triton_common import (
+    LOG2E,
+    NEGATIVE,
+    Layout,
+    add_dkdv,
+    add_dq,
+    describe,
+    dot_pair,
+    empty_pair,
+    load_pair,
+    load_tile,
+    locate,
+    precision,
+    row_delta,
+    softmax_end,
+    softmax_step_rows,
+    split_head_dim,
+    store_pair,
+    tile_map,
+)
+
+__all__ = ["selected_attention", "selected_backward", "selected_forward"]
+
+# Entries of a query list that one dK/dV program takes; longer lists are split.
+_SPLIT = 2048
+# Cells of the (block, chunk) table of one call that builds query lists; more heads than fit are taken one by one.
+_MAX_CELLS = 2**28
+_NO_BLOCK = tl.constexpr(2**31 - 1)
+
+
+def selected_attention(
+    q,
+    k,
+    v,
+    block_indices,
+    *,
+    select_block_size,
+    scale=None,
+    leftpad=None,
+    q_offset=0,
+    cu_seqlens=None,
+    return_weights=False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to the tokens of the chosen blocks (eq. 11-12); see `reference.selected_attention`.
+
+    Raises:
+        NotImplementedError: `return_weights`, or `q_offset` is a tensor.
+    """
+    if return_weights:
+        raise NotImplementedError("`return_weights` is not computed by the Triton kernels; use backend='reference'.")
+    layout = Layout(q, leftpad, q_offset, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale < 0:
+        q, scale = -q, -scale
+    return _SelectedAttention.apply(q, k, v, block_indices, layout, select_block_size, scale)
+
+
+class _SelectedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, block_indices, layout, select_block_size, scale):
+        o, lse, union = selected_forward(q, k, v, block_indices, layout, select_block_size, scale)
+        ctx.save_for_backward(q, k, v, block_indices, o, lse, *union)
+        ctx.layout, ctx.select_block_size, ctx.scale = layout, select_block_size, scale
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        q, k, v, block_indices, o, lse, *union = ctx.saved_tensors
+        if do is None:
+            do = torch.zeros_like(o)
+        dq, dk, dv, _ = selected_backward(
+            do, q, k, v, block_indices, o, lse, union, ctx.layout, ctx.select_block_size, ctx.scale, dlse=dlse
+        )
+        return dq, dk, dv, None, None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launchers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+# Rows of a query tile: wide ones read each block for more queries, and a wide tile's program fills a multiprocessor.
+_ROWS = 64
+
+
+def _tiles(heads: int, num_selected: int) -> tuple[int, int]:
+    """Queries TQ and heads GT of a query tile: at most `_ROWS` rows, and lists that stay cheap to sort."""
+    heads = min(heads, _ROWS)
+    return max(1, min(_ROWS // heads, 64, 2048 // triton.next_power_of_2(num_selected))), heads
+
+
+def _key_tile(select_block_size: int, most: int) -> int:
+    """Keys of a tile: a block, or a part of one."""
+    return max(16, min(most, triton.next_power_of_2(select_block_size)))
+
+
+def _shape_arguments(q, k, v, select_block_size):
+    """Constants that every attention kernel takes."""
+    (d_1, d_2), (dv_1, dv_2) = split_head_dim(q.shape[-1]), split_head_dim(v.shape[-1])
+    return {
+        "G": q.shape[2] // k.shape[2],
+        "L": select_block_size,
+        "D": q.shape[-1],
+        "D1": d_1,
+        "D2": d_2,
+        "DV": v.shape[-1],
+        "DV1": dv_1,
+        "DV2": dv_2,
+        "PRECISION": precision(q.dtype),
+        "enable_fp_fusion": True,
+    }
+
+
+def _union_lists(block_indices, keys, layout, select_block_size, tile):
+    """Blocks that the queries of each tile chose together.
+
+    Args:
+        block_indices: `[B, T, H, n]`.
+        keys: TK.
+
+    Returns:
+        blocks: int32 `[B, H, tiles, capacity]`, ascending.
+        words: int32 or int64 `[B, H, tiles, capacity + 1]`: `words[u + 1] - words[u]` has bit i set if the tile's query
+            i chose block u.
+        counts: int32 `[B, H, tiles]`.
+    """
+    B, _T, H, n = block_indices.shape
+    tiles = layout.tiles(tile)
+    capacity = max(1, min(tile * n, triton.cdiv(keys, select_block_size)))
+    blocks = torch.empty(B, H, tiles, capacity, dtype=torch.int32, device=block_indices.device)
+    words = torch.empty(
+        B, H, tiles, capacity + 1, dtype=torch.int32 if tile <= 32 else torch.int64, device=block_indices.device
+    )
+    counts = torch.empty(B, H, tiles, dtype=torch.int32, device=block_indices.device)
+    rows, width = triton.next_power_of_2(tile), triton.next_power_of_2(n)
+    _union_kernel[(tiles, H, B)](
+        block_indices, blocks, words, counts, layout.map(tile), *block_indices.stride()[:3], **layout.where(),
+        TK=keys, n=n, capacity=capacity, TILE=tile, ROWS=rows, NP=width, L=select_block_size,
+        num_warps=max(1, min(4, rows * width // 128)),
+    )  # fmt: skip
+    return blocks, words, counts
+
+
+def selected_forward(q, k, v, block_indices, layout, select_block_size, scale):
+    """Forward pass.
+
+    Args:
+        q, k, v, block_indices: As for `selected_attention`; `layout` describes them.
+        scale: Positive.
+
+    Returns:
+        o, lse, and the union lists (blocks, words, counts), which `selected_backward` takes.
+    """
+    o = q.new_empty(*q.shape[:-1], v.shape[-1])
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    q, k, v, block_indices, b_o, b_lse = map(layout.rows, (q, k, v, block_indices, o, lse[..., None]))
+    H, n = block_indices.shape[2:]
+    tile, heads = _tiles(q.shape[2] // H, n)
+    blocks, words, counts = union = _union_lists(block_indices, k.shape[1], layout, select_block_size, tile)
+    groups = triton.cdiv(q.shape[2] // H, heads)
+    if q.numel():
+        config = _forward_config(q, v, select_block_size)
+        _forward_kernel[(layout.tiles(tile), H * groups, layout.B)](
+            q, b_o, b_lse, blocks, words, counts, layout.map(tile), *q.stride()[:3], *b_o.stride()[:3],
+            *b_lse.stride()[:3], **describe("k", k, config["BLOCK_N"]), **describe("v", v, config["BLOCK_N"]),
+            **layout.where(), TK=k.shape[1], scale=scale, H=H, capacity=blocks.shape[-1], TILE=tile, GT=heads,
+            GROUPS=groups, **_shape_arguments(q, k, v, select_block_size), **config,
+        )  # fmt: skip
+    return o, lse, union
+
+
+def _forward_config(q, v, select_block_size):
+    widest = max(q.shape[-1], v.shape[-1])
+    if q.dtype == torch.float32:
+        keys, warps, stages = 32 if widest <= 128 else 16, 8, 1
+    else:
+        keys, warps, stages = 64, 4, 3 if widest <= 128 else 2
+    return {"BLOCK_M": _ROWS, "BLOCK_N": _key_tile(select_block_size, keys), "num_warps": warps, "num_stages": stages}
+
+
+def _dq_config(q, v, select_block_size):
+    widest = max(q.shape[-1], v.shape[-1])
+    if q.dtype == torch.float32:
+        keys, warps, stages = 32 if widest <= 128 else 16, 8, 1
+    else:
+        keys, warps, stages = (64, 4, 2) if widest <= 128 else (32, 8, 2)
+    return {"BLOCK_M": _ROWS, "BLOCK_N": _key_tile(select_block_size, keys), "num_warps": warps, "num_stages": stages}
+
+
+def _dkdv_config(q, v, select_block_size):
+    widest = max(q.shape[-1], v.shape[-1])
+    if q.dtype == torch.float32:
+        keys, config = 32 if widest <= 128 else 16, {"EDGE_STAGES": 1, "num_warps": 8, "num_stages": 1}
+    elif widest <= 128:  # the rows come from all over the memory: fetch them far ahead
+        keys, config = 64, {"EDGE_STAGES": 3, "num_warps": 4, "num_stages": 5}
+    else:
+        keys, config = 64 if widest <= 192 else 32, {"EDGE_STAGES": 2, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 32, "BLOCK_N": _key_tile(select_block_size, keys), **config}
+
+
+def selected_backward(
+    do, q, k, v, block_indices, o, lse, union, layout, select_block_size, scale, *, dlse=None, gate=None
+):
+    """Backward pass.
+
+    Args:
+        do: Gradient of o, or with a gate of `gate · o`.
+        q, k, v, block_indices, layout, select_block_size, scale: As given to `selected_forward`.
+        o, lse, union: What it returned.
+        dlse: Gradient of lse, or None.
+        gate: `[B, T, HQ]` or None.
+
+    Returns:
+        dq, dk, dv in the dtypes of q, k, v, and the gate's gradient in fp32, None without a gate.
+    """
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    if layout.leftpad is not None:  # no block holds the padding
+        dk.zero_(), dv.zero_()
+    rows = (layout.rows(x) for x in (q, k, v, block_indices, o, do, dq, dk, dv))
+    q, k, v, block_indices, o, do, b_dq, b_dk, b_dv = rows
+    lse, dlse, gate = map(layout.row_values, (lse, dlse, gate))
+    delta, dgate = row_delta(o, do, dlse, gate)
+    if not q.numel():
+        return dq, dk.zero_(), dv.zero_(), dgate
+    _launch_dq(
+        q, k, v, do, lse, delta, gate, b_dq, union, block_indices.shape[-1], layout, select_block_size, scale
+    )  # fmt: skip
+    H = k.shape[2]
+    G = q.shape[2] // H
+    cells = layout.B * layout.tiles(_chunk(block_indices)) * triton.cdiv(k.shape[1], select_block_size)
+    step = max(1, min(H, _MAX_CELLS // cells))
+    for first in range(0, H, step):
+        kv, heads = slice(first, first + step), slice(first * G, (first + step) * G)
+        _launch_dkdv(
+            q[:, :, heads], k[:, :, kv], v[:, :, kv], block_indices[:, :, kv], do[:, :, heads], lse[:, :, heads],
+            delta[:, :, heads], None if gate is None else gate[:, :, heads], b_dk[:, :, kv], b_dv[:, :, kv], layout,
+            select_block_size, scale,
+        )  # fmt: skip
+    if layout.packed and dgate is not None:
+        dgate = dgate[0]
+    return dq, dk, dv, dgate
+
+
+def _launch_dq(q, k, v, do, lse, delta, gate, dq, union, num_selected, layout, select_block_size, scale):
+    blocks, words, counts = union
+    H = k.shape[2]
+    tile, heads = _tiles(q.shape[2] // H, num_selected)
+    groups = triton.cdiv(q.shape[2] // H, heads)
+    config = _dq_config(q, v, select_block_size)
+    _dq_kernel[(layout.tiles(tile), H * groups, layout.B)](
+        q, do, lse, delta, gate, dq, blocks, words, counts, layout.map(tile), *q.stride()[:3], *do.stride()[:3],
+        *lse.stride()[:2], *dq.stride()[:3], **describe("k", k, config["BLOCK_N"]),
+        **describe("v", v, config["BLOCK_N"]), **layout.where(), TK=k.shape[1], scale=scale, H=H,
+        capacity=blocks.shape[-1], TILE=tile, GT=heads, GROUPS=groups, HAS_GATE=gate is not None,
+        **_shape_arguments(q, k, v, select_block_size), **config,
+    )  # fmt: skip
+
+
+def _chunk(block_indices):
+    """Queries of a chunk when query lists are built: about a thousand entries, sorted at once."""
+    return max(1, min(64, 1024 // triton.next_power_of_2(block_indices.shape[-1])))
+
+
+def _query_lists(block_indices, keys, layout, select_block_size):
+    """For each block the queries that chose it, in ascending order.
+
+    Returns:
+        queries: int32 `[B · T · H · n]`, queries counted inside their sequence.
+        bounds: int32 `[B · H, blocks + 1]`, block i of row b and head h owns `queries[bounds[b·H + h, i] :
+            bounds[b·H + h, i + 1]]`. Packed sequences number blocks like tiles, see `tile_map`.
+    """
+    B, T, H, n = block_indices.shape
+    chunk = _chunk(block_indices)
+    chunks = layout.tiles(chunk)
+    blocks = layout.tiles(select_block_size) if layout.packed else triton.cdiv(keys, select_block_size)
+    width = triton.next_power_of_2(n)
+    device = block_indices.device
+    entries = torch.empty(B, H, chunks, chunk * width, dtype=torch.int32, device=device)
+    table = torch.zeros(B * H * blocks * chunks, dtype=torch.int32, device=device)
+    queries = torch.empty(B * T * H * n, dtype=torch.int32, device=device)
+    where, chunk_map = layout.where(), layout.map(chunk)
+    sizes = {"blocks": blocks, "CHUNK": chunk, "ROWS": triton.next_power_of_2(chunk), "NP": width}
+    sizes["L"] = select_block_size
+    warps = max(1, min(4, chunk * width // 128))
+    _count_kernel[(chunks, H, B)](
+        block_indices, entries, table, chunk_map, *block_indices.stride()[:3], **where, TK=keys, n=n, **sizes,
+        num_warps=warps,
+    )  # fmt: skip
+    ends = torch.zeros(table.numel() + 1, dtype=torch.int32, device=device)
+    torch.cumsum(table, 0, dtype=torch.int32, out=ends[1:])
+    _list_kernel[(chunks, H, B)](entries, ends, queries, chunk_map, **where, **sizes, num_warps=warps)
+    bounds = ends.as_strided((B * H, blocks + 1), (blocks * chunks, chunks))
+    return queries, bounds
+
+
+def _launch_dkdv(q, k, v, block_indices, do, lse, delta, gate, dk, dv, layout, select_block_size, scale):
+    B, T, H, n = block_indices.shape
+    queries, bounds = _query_lists(block_indices, k.shape[1], layout, select_block_size)
+    split = max(_SPLIT, triton.next_power_of_2(T) // 32)
+    parts = tile_map(bounds, split, T * n)  # [B · H, programs, 2]: block, first entry
+    config = _dkdv_config(q, v, select_block_size)
+    subs = triton.cdiv(select_block_size, config["BLOCK_N"])
+    # a list longer than `split` owns 2 · (length // split) slots or more
+    slots = 2 * (T * n // split) if split < T else 0
+    part_k = torch.empty(B * H, slots, select_block_size, k.shape[-1], dtype=torch.float32, device=k.device)
+    part_v = torch.empty(B * H, slots, select_block_size, v.shape[-1], dtype=torch.float32, device=v.device)
+    block_map = layout.map(select_block_size)
+    shapes = _shape_arguments(q, k, v, select_block_size)
+    _dkdv_kernel[(parts.shape[1] * subs, H, B)](
+        q, k, v, do, lse, delta, gate, dk, dv, part_k, part_v, queries, bounds, parts, block_map, *q.stride()[:3],
+        *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *lse.stride()[:2], *dk.stride()[:3], *dv.stride()[:3],
+        *bounds.stride(), **layout.where(), TK=k.shape[1], scale=scale, programs=parts.shape[1], slots=slots,
+        SPLIT=split, SUBS=subs, HAS_GATE=gate is not None, **shapes, **config,
+    )  # fmt: skip
+    if slots:
+        names = ("L", "D", "D1", "D2", "DV", "DV1", "DV2")
+        _sum_parts_kernel[(bounds.shape[1] - 1, H, B)](
+            part_k, part_v, dk, dv, bounds, block_map, *dk.stride()[:3], *dv.stride()[:3], *bounds.stride(),
+            **layout.where(), TK=k.shape[1], slots=slots, SPLIT=split, BLOCK_N=16,
+            **{name: shapes[name] for name in names}, num_warps=4,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lists
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sorted_choices(
+    idx_ptr,
+    stride_it,
+    start,
+    rows,
+    pos0,
+    keys,
+    n,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    NP: tl.constexpr,
+    L: tl.constexpr,
+):
+    """Choices of a tile's queries as sorted codes `block · ROWS + query`; what is no choice comes last, as _NO_BLOCK.
+
+    Returns:
+        code: `[ROWS · NP]`.
+        block: Block of each code.
+        new: Whether the code differs from the one before it: a choice, counted once.
+        first: Whether it is the block's first.
+    """
+    i_q = tl.arange(0, ROWS)[:, None]
+    i_n = tl.arange(0, NP)[None, :]
+    t = start + i_q
+    inside = (i_q < TILE) & (t < rows) & (i_n < n)
+    block = tl.load(idx_ptr + t.to(tl.int64) * stride_it + i_n, mask=inside, other=-1).to(tl.int32)
+    last = tl.minimum(pos0 + t, keys - 1)  # a block that starts behind it holds no key of this query
+    chosen = inside & (block >= 0) & (block <= last // L) & (last >= 0)
+    code = tl.where(chosen, block * ROWS + i_q, _NO_BLOCK)
+    code = tl.sort(tl.reshape(code, [ROWS * NP]))
+    i = tl.arange(0, ROWS * NP)
+    before = tl.gather(code, tl.maximum(i - 1, 0), 0)
+    new = (code != _NO_BLOCK) & ((i == 0) | (code != before))
+    block = code // ROWS
+    first = new & ((i == 0) | (block != before // ROWS))
+    return code, block, new, first
+
+
+@triton.jit(do_not_specialize=["T", "TK", "q_offset", "capacity", "n"])
+def _union_kernel(
+    idx_ptr,
+    blocks_ptr,
+    words_ptr,
+    counts_ptr,
+    map_ptr,
+    stride_ib,
+    stride_it,
+    stride_ih,
+    cu_ptr,
+    leftpad_ptr,
+    T,
+    q_offset,
+    PACKED: tl.constexpr,
+    LEFTPAD: tl.constexpr,
+    TK,
+    n,
+    capacity,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    NP: tl.constexpr,
+    L: tl.constexpr,
+):
+    """Union of the blocks that a tile's queries chose, see `_union_lists`.
+
+    Grid: (tiles, H, B)
+    """
+    i_tile, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    _seq, start, rows, row0, pos0, pad = locate(
+        i_tile, i_b, map_ptr, cu_ptr, leftpad_ptr, T, q_offset, TILE, PACKED, LEFTPAD
+    )
+    keys = rows if PACKED else TK - pad
+    idx_ptr += i_b.to(tl.int64) * stride_ib + row0 * stride_it + i_h * stride_ih
+    code, block, new, first = _sorted_choices(idx_ptr, stride_it, start, rows, pos0, keys, n, TILE, ROWS, NP, L)
+
+    i_list = (i_b * tl.num_programs(1) + i_h).to(tl.int64) * tl.num_programs(0) + i_tile
+    blocks_ptr += i_list * capacity
+    words_ptr += i_list * (capacity + 1)
+    slot = tl.cumsum(first.to(tl.int32), 0) - 1
+    count = tl.sum(first.to(tl.int32), 0)
+    one = tl.full([ROWS * NP], 1, dtype=words_ptr.dtype.element_ty)
+    bit = tl.where(new, one << (code % ROWS).to(one.dtype), 0)  # distinct bits of one block: their sum is their union
+    total = tl.cumsum(bit, 0)
+    tl.store(blocks_ptr + slot, block, mask=first)
+    tl.store(words_ptr + slot, total - bit, mask=first)
+    tl.store(words_ptr + count, tl.sum(bit, 0))
+    tl.store(counts_ptr + i_list, count)
+
+
+@triton.jit
+def _maximum(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _ranks(new, first):
+    """Number of earlier choices of the same block in the tile."""
+    i = tl.cumsum(new.to(tl.int32), 0) - 1
+    return i - tl.associative_scan(tl.where(first, i, 0), 0, _maximum)
+
+
+@triton.jit(do_not_specialize=["T", "TK", "q_offset", "blocks", "n"])
+def _count_kernel(
+    idx_ptr,
+    entries_ptr,
+    table_ptr,
+    map_ptr,
+    stride_ib,
+    stride_it,
+    stride_ih,
+    cu_ptr,
+    leftpad_ptr,
+    T,
+    q_offset,
+    PACKED: tl.constexpr,
+    LEFTPAD: tl.constexpr,
+    TK,
+    n,
+    blocks,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    NP: tl.constexpr,
+    L: tl.constexpr,
+):
+    """Sort the choices of a chunk of queries and count them: `table[b, h, block, chunk]`.
+
+    Grid: (chunks, H, B)
+    """
+    i_chunk, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    seq, start, rows, row0, pos0, pad = locate(
+        i_chunk, i_b, map_ptr, cu_ptr, leftpad_ptr, T, q_offset, CHUNK, PACKED, LEFTPAD
+    )
+    keys = rows if PACKED else TK - pad
+    idx_ptr += i_b.to(tl.int64) * stride_ib + row0 * stride_it + i_h * stride_ih
+    code, block, new, first = _sorted_choices(idx_ptr, stride_it, start, rows, pos0, keys, n, CHUNK, ROWS, NP, L)
+
+    i = tl.arange(0, ROWS * NP)
+    chunks = tl.num_programs(0)
+    i_list = (i_b * tl.num_programs(1) + i_h).to(tl.int64)
+    tl.store(entries_ptr + (i_list * chunks + i_chunk) * (ROWS * NP) + i, code)
+    behind = tl.gather(code, tl.minimum(i + 1, ROWS * NP - 1), 0)
+    last = (code != _NO_BLOCK) & ((i == ROWS * NP - 1) | (behind // ROWS != block))
+    cell = (i_list * blocks + _block_row(block, cu_ptr, seq, L, PACKED)) * chunks + i_chunk
+    tl.store(table_ptr + cell, _ranks(new, first) + 1, mask=last)
+
+
+@triton.jit(do_not_specialize=["T", "q_offset", "blocks"])
+def _list_kernel(
+    entries_ptr,
+    ends_ptr,
+    queries_ptr,
+    map_ptr,
+    cu_ptr,
+    leftpad_ptr,
+    T,
+    q_offset,
+    PACKED: tl.constexpr,
+    LEFTPAD: tl.constexpr,
+    blocks,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    NP: tl.constexpr,
+    L: tl.constexpr,
+):
+    """Write the choices of a chunk where the lists of their blocks have room for them.
+
+    Grid: (chunks, H, B)
+    """
+    i_chunk, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    seq, start, _rows, _row0, _pos0, _pad = locate(
+        i_chunk, i_b, map_ptr, cu_ptr, leftpad_ptr, T, q_offset, CHUNK, PACKED, LEFTPAD
+    )
+    i = tl.arange(0, ROWS * NP)
+    chunks = tl.num_programs(0)
+    i_list = (i_b * tl.num_programs(1) + i_h).to(tl.int64)
+    entries_ptr += (i_list * chunks + i_chunk) * (ROWS * NP)
+    code = tl.load(entries_ptr + i)
+    block = code // ROWS
+    before = tl.load(entries_ptr + i - 1, mask=i > 0, other=_NO_BLOCK)
+    new = (code != _NO_BLOCK) & (code != before)
+    first = new & (block != before // ROWS)
+    cell = (i_list * blocks + _block_row(block, cu_ptr, seq, L, PACKED)) * chunks + i_chunk
+    place = tl.load(ends_ptr + cell, mask=new, other=0) + _ranks(new, first)
+    tl.store(queries_ptr + place, start + code % ROWS, mask=new)
+
+
+@triton.jit
+def _block_row(block, cu_ptr, seq, L: tl.constexpr, PACKED: tl.constexpr):
+    """Number of a block among those of all sequences of a row, as `tile_map` numbers them."""
+    row = block
+    if PACKED:
+        row += (tl.load(cu_ptr + seq) // L + seq).to(tl.int32)
+    return row
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward and dQ: over the union of a query tile
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _next_block(
+    u,
+    word,
+    blocks_ptr,
+    words_ptr,
+    i_q,
+    pos,
+    keys,
+    k_desc,
+    k_desc2,
+    k_row,
+    k_col,
+    v_desc,
+    v_desc2,
+    v_row,
+    v_col,
+    L: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    DV1: tl.constexpr,
+    DV2: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SUBS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Load part `u % SUBS` of the union's block `u // SUBS`.
+
+    Args:
+        word: `words[u // SUBS]`.
+        MASKED: Whether a key may lie behind a query, or behind the last key.
+
+    Returns:
+        Tiles of k and v; `[BLOCK_M]`: rows whose query chose the block; `[BLOCK_M, BLOCK_N]`: keys that exist and are
+        not in a row's future, all of them unless L % BLOCK_N or MASKED; the next word.
+    """
+    block = tl.load(blocks_ptr + u // SUBS)
+    word_next = tl.load(words_ptr + u // SUBS + 1)
+    offset = 0 if SUBS == 1 else (u % SUBS) * BLOCK_N
+    offs_n = offset + tl.arange(0, BLOCK_N)
+    inside = offs_n < L
+    key = block * L + offs_n
+    if MASKED:
+        inside = inside & (key < keys)
+    k_1, k_2 = load_tile(k_desc, k_desc2, k_row + block * L + offset, k_col, D1, D2)
+    v_1, v_2 = load_tile(v_desc, v_desc2, v_row + block * L + offset, v_col, DV1, DV2)
+    chosen = (((word_next - word) >> i_q.to(word.dtype)) & 1) != 0
+    visible = inside[None, :] & (i_q >= 0)[:, None]
+    if MASKED:
+        visible = visible & (key[None, :] <= pos[:, None])
+    if SUBS > 1:
+        word_next = tl.where(u % SUBS == SUBS - 1, word_next, word)
+    return k_1, k_2, v_1, v_2, chosen, visible, word_next
+
+
+@triton.jit
+def _query_rows(start, rows, i_h, i_g, TILE: tl.constexpr, GT: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Rows of a query tile: query inside the tile, query head, and whether the row is used."""
+    offs_m = tl.arange(0, BLOCK_M)
+    i_q = offs_m // GT
+    i_head = i_g * GT + offs_m % GT
+    used = (i_q < TILE) & (i_head < G) & (start + i_q < rows)
+    return i_q, i_h * G + i_head, used
+
+
+@triton.jit(do_not_specialize=["T", "TK", "q_offset", "capacity", "k_batch", "k_head", "v_batch", "v_head"])
+def _forward_kernel(
+    q_ptr,
+    o_ptr,
+    lse_ptr,
+    blocks_ptr,
+    words_ptr,
+    counts_ptr,
+    map_ptr,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    stride_lb,
+    stride_lt,
+    stride_lh,
+    k_desc,
+    k_desc2,
+    k_batch,
+    k_head,
+    k_column,
+    v_desc,
+    v_desc2,
+    v_batch,
+    v_head,
+    v_column,
+    cu_ptr,
+    leftpad_ptr,
+    T,
+    q_offset,
+    PACKED: tl.constexpr,
+    LEFTPAD: tl.constexpr,
+    TK,
+    scale,
+    H,
+    capacity,
+    TILE: tl.constexpr,
+    GT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    G: tl.constexpr,
+    L: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    DV: tl.constexpr,
+    DV1: tl.constexpr,
+    DV2: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Attention of a tile of queries to the union of their blocks.
+
+    Grid: (tiles, H * GROUPS, B)
+    """
+    i_tile, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    i_h, i_g = tl.program_id(1) // GROUPS, tl.program_id(1) % GROUPS
+    _seq, start, rows, row0, pos0, pad = locate(
+        i_tile, i_b, map_ptr, cu_ptr, leftpad_ptr, T, q_offset, TILE, PACKED, LEFTPAD
+    )
+    if start >= rows:
+        return
+    keys = rows if PACKED else TK - pad
+    i_q, i_head, used = _query_rows(start, rows, i_h, i_g, TILE, GT, G, BLOCK_M)
+    t = row0 + start + i_q
+    pos = pos0 + start + i_q
+    q_1, q_2 = load_pair(q_ptr + i_b * stride_qb + t * stride_qt + i_head * stride_qh, used, D, D1, D2, True)
+    k_row, k_col = (i_b * k_batch + i_h * k_head + row0 + pad).to(tl.int32), i_h * k_column
+    v_row, v_col = (i_b * v_batch + i_h * v_head + row0 + pad).to(tl.int32), i_h * v_column
+    i_list = (i_b * H + i_h) * tl.num_programs(0) + i_tile
+    blocks_ptr += i_list * capacity
+    words_ptr += i_list * (capacity + 1)
+    count = tl.load(counts_ptr + i_list)
+
+    SUBS: tl.constexpr = (L + BLOCK_N - 1) // BLOCK_N
+    TRAILING: tl.constexpr = 1 + (TILE + L - 2) // L  # blocks that may hold keys behind the tile's first query
+    scale_log2 = scale * LOG2E
+    m = tl.full([BLOCK_M], NEGATIVE, dtype=tl.float32)
+    z = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc_1, acc_2 = empty_pair(BLOCK_M, DV1, DV2)
+    word = tl.zeros([], dtype=words_ptr.dtype.element_ty)
+    whole = tl.maximum(count - TRAILING, 0) * SUBS
+    for u in range(0, whole):
+        k_1, k_2, v_1, v_2, chosen, visible, word = _next_block(
+            u, word, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
+            v_row, v_col, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, False,
+        )  # fmt: skip
+        s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
+        if L % BLOCK_N != 0:
+            s = tl.where(visible, s, float("-inf"))
+        m, z, acc_1, acc_2 = softmax_step_rows(
+            s, chosen, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION
+        )  # fmt: skip
+    for u in range(whole, count * SUBS):
+        k_1, k_2, v_1, v_2, chosen, visible, word = _next_block(
+            u, word, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
+            v_row, v_col, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, True,
+        )  # fmt: skip
+        s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
+        s = tl.where(visible, s, float("-inf"))
+        m, z, acc_1, acc_2 = softmax_step_rows(
+            s, chosen, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION
+        )  # fmt: skip
+    acc_1, acc_2, lse = softmax_end(m, z, acc_1, acc_2, scale_log2, DV2)
+    store_pair(o_ptr + i_b * stride_ob + t * stride_ot + i_head * stride_oh, acc_1, acc_2, used, DV, DV1, DV2)
+    tl.store(lse_ptr + i_b * stride_lb + t * stride_lt + i_head * stride_lh, lse, mask=used)
+
+
+@triton.jit(do_not_specialize=["T", "TK", "q_offset", "capacity", "k_batch", "k_head", "v_batch", "v_head"])
+def _dq_kernel(
+    q_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    gate_ptr,
+    dq_ptr,
+    blocks_ptr,
+    words_ptr,
+    counts_ptr,
+    map_ptr,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_dob,
+    stride_dot,
+    stride_doh,
+    stride_lb,
+    stride_lt,
+    stride_dqb,
+    stride_dqt,
+    stride_dqh,
+    k_desc,
+    k_desc2,
+    k_batch,
+    k_head,
+    k_column,
+    v_desc,
+    v_desc2,
+    v_batch,
+    v_head,
+    v_column,
+    cu_ptr,
+    leftpad_ptr,
+    T,
+    q_offset,
+    PACKED: tl.constexpr,
+    LEFTPAD: tl.constexpr,
+    TK,
+    scale,
+    H,
+    capacity,
+    TILE: tl.constexpr,
+    GT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    G: tl.constexpr,
+    L: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    DV: tl.constexpr,
+    DV1: tl.constexpr,
+    DV2: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Gradient of a tile of queries.
+
+    Grid: (tiles, H * GROUPS, B)
+    """
+    i_tile, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    i_h, i_g = tl.program_id(1) // GROUPS, tl.program_id(1) % GROUPS
+    _seq, start, rows, row0, pos0, pad = locate(
+        i_tile, i_b, map_ptr, cu_ptr, leftpad_ptr, T, q_offset, TILE, PACKED, LEFTPAD
+    )
+    if start >= rows:
+        return
+    keys = rows if PACKED else TK - pad
+    i_q, i_head, used = _query_rows(start, rows, i_h, i_g, TILE, GT, G, BLOCK_M)
+    t = row0 + start + i_q
+    pos = pos0 + start + i_q
+    q_1, q_2 = load_pair(q_ptr + i_b * stride_qb + t * stride_qt + i_head * stride_qh, used, D, D1, D2, True)
+    do_ptrs = do_ptr + i_b * stride_dob + t * stride_dot + i_head * stride_doh
+    do_1, do_2 = load_pair(do_ptrs, used, DV, DV1, DV2, True)
+    row = i_b * stride_lb + t * stride_lt + i_head
+    lse = tl.load(lse_ptr + row, mask=used, other=float("inf"))
+    lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)  # a row without a key: every p is 0
+    delta = tl.load(delta_ptr + row, mask=used, other=0.0)
+    gate = delta
+    if HAS_GATE:
+        gate = tl.load(gate_ptr + row, mask=used, other=0.0)
+    k_row, k_col = (i_b * k_batch + i_h * k_head + row0 + pad).to(tl.int32), i_h * k_column
+    v_row, v_col = (i_b * v_batch + i_h * v_head + row0 + pad).to(tl.int32), i_h * v_column
+    i_list = (i_b * H + i_h) * tl.num_programs(0) + i_tile
+    blocks_ptr += i_list * capacity
+    words_ptr += i_list * (capacity + 1)
+    count = tl.load(counts_ptr + i_list)
+
+    SUBS: tl.constexpr = (L + BLOCK_N - 1) // BLOCK_N
+    TRAILING: tl.constexpr = 1 + (TILE + L - 2) // L
+    scale_log2 = scale * LOG2E
+    acc_1, acc_2 = empty_pair(BLOCK_M, D1, D2)
+    word = tl.zeros([], dtype=words_ptr.dtype.element_ty)
+    whole = tl.maximum(count - TRAILING, 0) * SUBS
+    for u in range(0, whole):
+        k_1, k_2, v_1, v_2, chosen, visible, word = _next_block(
+            u, word, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
+            v_row, v_col, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, False,
+        )  # fmt: skip
+        acc_1, acc_2 = add_dq(
+            acc_1, acc_2, q_1, q_2, do_1, do_2, k_1, k_2, v_1, v_2, visible, tl.where(chosen, lse_log2, float("inf")),
+            delta, gate, scale_log2, D2, DV2, HAS_GATE, L % BLOCK_N != 0, PRECISION,
+        )  # fmt: skip
+    for u in range(whole, count * SUBS):
+        k_1, k_2, v_1, v_2, chosen, visible, word = _next_block(
+            u, word, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
+            v_row, v_col, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, True,
+        )  # fmt: skip
+        acc_1, acc_2 = add_dq(
+            acc_1, acc_2, q_1, q_2, do_1, do_2, k_1, k_2, v_1, v_2, visible, tl.where(chosen, lse_log2, float("inf")),
+            delta, gate, scale_log2, D2, DV2, HAS_GATE, True, PRECISION,
+        )  # fmt: skip
+    acc_1 *= scale
+    if D2 > 0:
+        acc_2 *= scale
+    store_pair(dq_ptr + i_b * stride_dqb + t * stride_dqt + i_head * stride_dqh, acc_1, acc_2, used, D, D1, D2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dK, dV: over the queries that chose a block
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _dkdv_step(
+    r,
+    row_end,
+    queries_ptr,
+    key,
+    pos0,
+    k_1,
+    k_2,
+    v_1,
+    v_2,
+    dk_1,
+    dk_2,
+    dv_1,
+    dv_2,
+    q_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    gate_ptr,
+    stride_qt,
+    stride_qh,
+    stride_dot,
+    stride_doh,
+    stride_lt,
+    scale_log2,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    DV: tl.constexpr,
+    DV1: tl.constexpr,
+    DV2: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add the rows `r … r + BLOCK_M - 1` (entry · G + head) of a query list to dk and dv."""
+    row = r + tl.arange(0, BLOCK_M)
+    used = row < row_end
+    row = tl.minimum(row, row_end - 1)  # rows behind the end repeat the last one, with p = 0
+    query = tl.load(queries_ptr + row // G)
+    head = row % G
+    t = query.to(tl.int64)
+    q_1, q_2 = load_pair(q_ptr + t * stride_qt + head * stride_qh, used, D, D1, D2, False)
+    do_1, do_2 = load_pair(do_ptr + t * stride_dot + head * stride_doh, used, DV, DV1, DV2, False)
+    stat = query * stride_lt + head  # int32 and one for all: a register per column
+    lse_log2 = tl.load(lse_ptr + stat, mask=used, other=float("inf")) * LOG2E
+    delta = tl.load(delta_ptr + stat)
+    gate = delta
+    if HAS_GATE:
+        gate = tl.load(gate_ptr + stat)
+    visible = used[None, :]
+    if MASKED:
+        visible = key[:, None] <= (pos0 + query)[None, :]
+    return add_dkdv(
+        dk_1, dk_2, dv_1, dv_2, k_1, k_2, v_1, v_2, q_1, q_2, do_1, do_2, visible, lse_log2, delta, gate, scale_log2,
+        D2, DV2, HAS_GATE, MASKED, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "TK", "q_offset", "programs", "slots", "SPLIT"])
+def _dkdv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    gate_ptr,
+    dk_ptr,
+    dv_ptr,
+    part_k_ptr,
+    part_v_ptr,
+    queries_ptr,
+    bounds_ptr,
+    parts_ptr,
+    map_ptr,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_dob,
+    stride_dot,
+    stride_doh,
+    stride_lb,
+    stride_lt,
+    stride_dkb,
+    stride_dkt,
+    stride_dkh,
+    stride_dvb,
+    stride_dvt,
+    stride_dvh,
+    stride_cr,
+    stride_cb,
+    cu_ptr,
+    leftpad_ptr,
+    T,
+    q_offset,
+    PACKED: tl.constexpr,
+    LEFTPAD: tl.constexpr,
+    TK,
+    scale,
+    programs,
+    slots,
+    SPLIT,
+    SUBS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    G: tl.constexpr,
+    L: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    DV: tl.constexpr,
+    DV1: tl.constexpr,
+    DV2: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
+):
+    """Gradients of a tile of keys from at most SPLIT queries of its block's list: final, or one part of a long list.
+
+    Grid: (programs * SUBS, H, B)
+    """
+    i_part, i_sub = tl.program_id(0) // SUBS, tl.program_id(0) % SUBS
+    i_h, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_list = i_b * tl.num_programs(1) + i_h
+    parts_ptr += (i_list * programs + i_part) * 2
+    i_block = tl.load(parts_ptr)
+    begin = tl.load(parts_ptr + 1)
+    bounds_ptr += i_list * stride_cr
+    base = tl.load(bounds_ptr)
+    first = tl.load(bounds_ptr + i_block.to(tl.int64) * stride_cb)
+    length = tl.load(bounds_ptr + (i_block + 1).to(tl.int64) * stride_cb) - first
+    if (begin > 0) & (begin >= length):
+        return
+    _seq, start, rows, row0, pos0, pad = locate(
+        i_block, i_b, map_ptr, cu_ptr, leftpad_ptr, T, q_offset, L, PACKED, LEFTPAD
+    )
+    keys = rows if PACKED else TK - pad
+    if start >= keys:
+        return
+    offs_n = i_sub * BLOCK_N + tl.arange(0, BLOCK_N)
+    key = start + offs_n
+    inside = (offs_n < L) & (key < keys)
+    t_key = row0 + pad + key
+    k_1, k_2 = load_pair(k_ptr + i_b * stride_kb + i_h * stride_kh + t_key * stride_kt, inside, D, D1, D2, True)
+    v_1, v_2 = load_pair(v_ptr + i_b * stride_vb + i_h * stride_vh + t_key * stride_vt, inside, DV, DV1, DV2, True)
+    q_ptr += i_b * stride_qb + row0 * stride_qt + i_h * G * stride_qh
+    do_ptr += i_b * stride_dob + row0 * stride_dot + i_h * G * stride_doh
+    stat = i_b * stride_lb + row0 * stride_lt + i_h * G
+    lse_ptr += stat
+    delta_ptr += stat
+    if HAS_GATE:
+        gate_ptr += stat
+    queries_ptr += first + begin
+
+    scale_log2 = scale * LOG2E
+    dk_1, dk_2 = empty_pair(BLOCK_N, D1, D2)
+    dv_1, dv_2 = empty_pair(BLOCK_N, DV1, DV2)
+    row_end = tl.minimum(length - begin, SPLIT) * G
+    # only queries inside the block see a part of it; they are the first of its list, at most L
+    masked_end = tl.where(begin == 0, tl.minimum(row_end, L * G), 0)
+    masked_end = tl.cdiv(masked_end, BLOCK_M) * BLOCK_M
+    for r in tl.range(0, masked_end, BLOCK_M, num_stages=EDGE_STAGES):
+        dk_1, dk_2, dv_1, dv_2 = _dkdv_step(
+            r, row_end, queries_ptr, key, pos0, k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2, q_ptr, do_ptr, lse_ptr,
+            delta_ptr, gate_ptr, stride_qt, stride_qh, stride_dot, stride_doh, stride_lt, scale_log2,
+            G, D, D1, D2, DV, DV1, DV2, HAS_GATE, PRECISION, BLOCK_M, True,
+        )  # fmt: skip
+    for r in range(masked_end, row_end, BLOCK_M):
+        dk_1, dk_2, dv_1, dv_2 = _dkdv_step(
+            r, row_end, queries_ptr, key, pos0, k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2, q_ptr, do_ptr, lse_ptr,
+            delta_ptr, gate_ptr, stride_qt, stride_qh, stride_dot, stride_doh, stride_lt, scale_log2,
+            G, D, D1, D2, DV, DV1, DV2, HAS_GATE, PRECISION, BLOCK_M, False,
+        )  # fmt: skip
+    dk_1 *= scale
+    if D2 > 0:
+        dk_2 *= scale
+    if length > SPLIT:
+        slot = 2 * ((first - base) // SPLIT) + begin // SPLIT
+        row = (i_list * slots + slot) * L + offs_n
+        store_pair(part_k_ptr + row * D, dk_1, dk_2, inside, D, D1, D2)
+        store_pair(part_v_ptr + row * DV, dv_1, dv_2, inside, DV, DV1, DV2)
+    else:
+        store_pair(dk_ptr + i_b * stride_dkb + i_h * stride_dkh + t_key * stride_dkt, dk_1, dk_2, inside, D, D1, D2)
+        store_pair(dv_ptr + i_b * stride_dvb + i_h * stride_dvh + t_key * stride_dvt, dv_1, dv_2, inside, DV, DV1, DV2)
+
+
+@triton.jit(do_not_specialize=["T", "TK", "q_offset", "slots", "SPLIT"])
+def _sum_parts_kernel(
+    part_k_ptr,
+    part_v_ptr,
+    dk_ptr,
+    dv_ptr,
+    bounds_ptr,
+    map_ptr,
+    stride_dkb,
+    stride_dkt,
+    stride_dkh,
+    stride_dvb,
+    stride_dvt,
+    stride_dvh,
+    stride_cr,
+    stride_cb,
+    cu_ptr,
+    leftpad_ptr,
+    T,
+    q_offset,
+    PACKED: tl.constexpr,
+    LEFTPAD: tl.constexpr,
+    TK,
+    slots,
+    SPLIT,
+    BLOCK_N: tl.constexpr,
+    L: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    DV: tl.constexpr,
+    DV1: tl.constexpr,
+    DV2: tl.constexpr,
+):
+    """Sum the parts of a long list in ascending order.
+
+    Grid: (blocks, H, B)
+    """
+    i_block, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_list = i_b * tl.num_programs(1) + i_h
+    bounds_ptr += i_list * stride_cr
+    base = tl.load(bounds_ptr)
+    first = tl.load(bounds_ptr + i_block.to(tl.int64) * stride_cb)
+    length = tl.load(bounds_ptr + (i_block + 1).to(tl.int64) * stride_cb) - first
+    if length <= SPLIT:
+        return
+    _seq, start, rows, row0, _pos0, pad = locate(
+        i_block, i_b, map_ptr, cu_ptr, leftpad_ptr, T, q_offset, L, PACKED, LEFTPAD
+    )
+    keys = rows if PACKED else TK - pad
+    slot = i_list * slots + 2 * ((first - base) // SPLIT)
+    for offset in range(0, L, BLOCK_N):
+        offs_n = offset + tl.arange(0, BLOCK_N)
+        inside = (offs_n < L) & (start + offs_n < keys)
+        dk_1, dk_2 = empty_pair(BLOCK_N, D1, D2)
+        dv_1, dv_2 = empty_pair(BLOCK_N, DV1, DV2)
+        for part in range(0, tl.cdiv(length, SPLIT)):
+            row = (slot + part) * L + offs_n
+            x_1, x_2 = load_pair(part_k_ptr + row * D, inside, D, D1, D2, True)
+            dk_1 += x_1
+            if D2 > 0:
+                dk_2 += x_2
+            x_1, x_2 = load_pair(part_v_ptr + row * DV, inside, DV, DV1, DV2, True)
+            dv_1 += x_1
+            if DV2 > 0:
+                dv_2 += x_2
+        t_key = row0 + pad + start + offs_n
+        store_pair(dk_ptr + i_b * stride_dkb + i_h * stride_dkh + t_key * stride_dkt, dk_1, dk_2, inside, D, D1, D2)
+        store_pair(dv_ptr + i_b * stride_dvb + i_h * stride_dvh + t_key * stride_dvt, dv_1, dv_2, inside, DV, DV1, DV2)

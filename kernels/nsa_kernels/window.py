@@ -1,0 +1,659 @@
+# Copyright 2026 The NSA for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Attention to the last w tokens in Triton: banded flash attention, the query heads of a group stacked in one tile.
+
+Every loop takes the tiles at both ends of the band first, with a mask, and then those that need none.
+
+Symbols: see `reference.py`; W is w, GT the heads of a group in one tile.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .triton_common import (
+    LOG2E,
+    NEGATIVE,
+    Layout,
+    add_dkdv,
+    add_dq,
+    describe,
+    dot_pair,
+    empty_pair,
+    load_pair,
+    load_tile,
+    locate,
+    precision,
+    row_delta,
+    softmax_end,
+    softmax_step,
+    split_head_dim,
+    store_pair,
+)
+
+__all__ = ["window_attention", "window_backward", "window_forward"]
+
+
+def window_attention(
+    q, k, v, *, window_size, scale=None, leftpad=None, q_offset=0, cu_seqlens=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to the tokens t - w + 1 … t (branch win); see `reference.window_attention`.
+
+    Raises:
+        NotImplementedError: `q_offset` is a tensor.
+    """
+    layout = Layout(q, leftpad, q_offset, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale < 0:
+        q, scale = -q, -scale
+    return _WindowAttention.apply(q, k, v, layout, window_size, scale)
+
+
+class _WindowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, layout, window_size, scale):
+        o, lse = window_forward(q, k, v, layout, window_size, scale)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.layout, ctx.window_size, ctx.scale = layout, window_size, scale
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        q, k, v, o, lse = ctx.saved_tensors
+        if do is None:
+            do = torch.zeros_like(o)
+        dq, dk, dv, _ = window_backward(do, q, k, v, o, lse, ctx.layout, ctx.window_size, ctx.scale, dlse=dlse)
+        return dq, dk, dv, None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launchers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _arguments(q, k, v, layout, window_size, scale):
+    """Arguments that every kernel takes."""
+    (d_1, d_2), (dv_1, dv_2) = split_head_dim(q.shape[-1]), split_head_dim(v.shape[-1])
+    return {
+        **layout.where(),
+        "TW": k.shape[1],
+        "W": window_size,
+        "scale": scale,
+        "G": q.shape[2] // k.shape[2],
+        "D": q.shape[-1],
+        "D1": d_1,
+        "D2": d_2,
+        "DV": v.shape[-1],
+        "DV1": dv_1,
+        "DV2": dv_2,
+        "PRECISION": precision(q.dtype),
+        "enable_fp_fusion": True,
+    }
+
+
+def _tiles(heads: int, rows: int) -> dict[str, int]:
+    """Queries TILE and heads GT of a query tile of `rows` rows, and tiles GROUPS that hold all heads."""
+    in_tile = min(heads, rows)
+    return {"TILE": rows // in_tile, "GT": in_tile, "GROUPS": triton.cdiv(heads, in_tile)}
+
+
+def window_forward(q, k, v, layout, window_size, scale):
+    """Forward pass: o and lse; `layout` describes q, k, v, and `scale` is positive."""
+    o = q.new_empty(*q.shape[:-1], v.shape[-1])
+    # the values of a head side by side, as the backward pass reads them
+    lse = torch.empty(*q.shape[:-3], *q.shape[-2:-4:-1], dtype=torch.float32, device=q.device).transpose(-1, -2)
+    if not q.numel():
+        return o, lse
+    q, k, v, b_o, b_lse = map(layout.rows, (q, k, v, o, lse[..., None]))
+    config = _forward_config(q, v)
+    tiles = _tiles(q.shape[2] // k.shape[2], config["BLOCK_M"])
+    _forward_kernel[(layout.tiles(tiles["TILE"]), k.shape[2] * tiles["GROUPS"], layout.B)](
+        q, b_o, b_lse, layout.map(tiles["TILE"]), *q.stride()[:3], *b_o.stride()[:3], *b_lse.stride()[:3],
+        **describe("k", k, config["BLOCK_N"]), **describe("v", v, config["BLOCK_N"]),
+        **_arguments(q, k, v, layout, window_size, scale), **tiles, **config,
+    )  # fmt: skip
+    return o, lse
+
+
+def _forward_config(q, v):
+    widest = max(q.shape[-1], v.shape[-1])
+    if q.dtype == torch.float32:
+        return {"BLOCK_M": 64, "BLOCK_N": 32 if widest <= 128 else 16, "num_warps": 8, "num_stages": 1}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3 if widest <= 128 else 2}
+
+
+def _dq_config(q, v):
+    widest = max(q.shape[-1], v.shape[-1])
+    if q.dtype == torch.float32:
+        return {"BLOCK_M": 64, "BLOCK_N": 32 if widest <= 128 else 16, "num_warps": 8, "num_stages": 1}
+    if widest <= 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+
+
+def _dkdv_config(q, v):
+    widest = max(q.shape[-1], v.shape[-1])
+    if q.dtype == torch.float32:
+        keys, config = 32 if widest <= 128 else 16, {"EDGE_STAGES": 1, "num_warps": 8, "num_stages": 1}
+    elif widest <= 128:
+        keys, config = 64, {"EDGE_STAGES": 3, "num_warps": 4, "num_stages": 3}
+    else:
+        keys, config = 64 if widest <= 192 else 32, {"EDGE_STAGES": 2, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 32, "BLOCK_N": keys, **config}
+
+
+def window_backward(do, q, k, v, o, lse, layout, window_size, scale, *, dlse=None, gate=None):
+    """Backward pass.
+
+    Args:
+        do: Gradient of o, or with a gate of `gate · o`.
+        q, k, v, layout, window_size, scale: As given to `window_forward`.
+        o, lse: What it returned.
+        dlse: Gradient of lse, or None.
+        gate: `[B, T, HQ]` or None.
+
+    Returns:
+        dq, dk, dv in the dtypes of q, k, v, and the gate's gradient in fp32, None without a gate.
+    """
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    q, k, v, o, do, b_dq, b_dk, b_dv = map(layout.rows, (q, k, v, o, do, dq, dk, dv))
+    lse, dlse, gate = map(layout.head_values, (lse, dlse, gate))
+    if not q.numel() or not k.numel():
+        return dq.zero_(), dk.zero_(), dv.zero_(), None if gate is None else torch.zeros_like(lse)
+    delta, dgate = row_delta(o, do, dlse, gate, by_head=True)
+    arguments = _arguments(q, k, v, layout, window_size, scale)
+    H = k.shape[2]
+
+    config = _dq_config(q, v)
+    tiles = _tiles(q.shape[2] // H, config["BLOCK_M"])
+    _dq_kernel[(layout.tiles(tiles["TILE"]), H * tiles["GROUPS"], layout.B)](
+        q, do, lse, delta, gate, b_dq, layout.map(tiles["TILE"]), *q.stride()[:3], *do.stride()[:3], *lse.stride(),
+        *b_dq.stride()[:3], **describe("k", k, config["BLOCK_N"]), **describe("v", v, config["BLOCK_N"]), **arguments,
+        HAS_GATE=gate is not None, **tiles, **config,
+    )  # fmt: skip
+
+    config = _dkdv_config(q, v)
+    keys = config["BLOCK_N"]
+    tiles = layout.tiles(keys) if layout.packed else triton.cdiv(k.shape[1], keys)
+    _dkdv_kernel[(tiles, H, layout.B)](
+        k, v, lse, delta, gate, b_dk, b_dv, layout.map(keys), *k.stride()[:3], *v.stride()[:3], *lse.stride(),
+        *b_dk.stride()[:3], *b_dv.stride()[:3], **describe("q", q, config["BLOCK_M"]),
+        **describe("do", do, config["BLOCK_M"]), **arguments, HAS_GATE=gate is not None, **config,
+    )  # fmt: skip
+    if layout.packed and dgate is not None:
+        dgate = dgate[0]
+    return dq, dk, dv, dgate
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward and dQ
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _query_tile(
+    i_tile,
+    i_b,
+    map_ptr,
+    cu_ptr,
+    leftpad_ptr,
+    T,
+    q_offset,
+    TW,
+    W,
+    PACKED: tl.constexpr,
+    LEFTPAD: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Where a tile of queries lies, and the key tiles of its band.
+
+    Returns:
+        start, rows, row0, pos0: See `locate`.
+        slot0: Index of the key at position 0, negative if the keys start later.
+        low: Position of the band's first key, where its first tile starts.
+        front, total: Tiles with keys in front of a query's window; tiles of the band.
+        whole: Tiles behind the front that every query sees in full.
+    """
+    _seq, start, rows, row0, pos0, pad = locate(
+        i_tile, i_b, map_ptr, cu_ptr, leftpad_ptr, T, q_offset, TILE, PACKED, LEFTPAD
+    )
+    slot0 = 0 if PACKED else pad + TW - T - q_offset
+    first = pos0 + start
+    last = pos0 + tl.minimum(start + TILE, rows) - 1
+    low = tl.maximum(first - W + 1, tl.maximum(-slot0, 0))
+    total = tl.cdiv(tl.maximum(last + 1 - low, 0), BLOCK_N)
+    front = tl.minimum(tl.cdiv(tl.maximum(last - W + 1 - low, 0), BLOCK_N), total)
+    whole = tl.maximum(tl.maximum(first + 1 - low, 0) // BLOCK_N - front, 0)
+    return start, rows, row0, pos0, slot0, low, front, total, whole
+
+
+@triton.jit
+def _query_rows(start, rows, i_h, i_g, TILE: tl.constexpr, GT: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Rows of a query tile: query inside the sequence, query head, and whether the row is used."""
+    offs_m = tl.arange(0, BLOCK_M)
+    i_q = start + offs_m // GT
+    i_head = i_g * GT + offs_m % GT
+    used = (offs_m // GT < TILE) & (i_head < G) & (i_q < rows)
+    return i_q, i_h * G + i_head, used
+
+
+@triton.jit
+def _in_window(distance, W):
+    """Whether a key so many tokens before a query is one of its W: 0 <= distance < W in one comparison."""
+    return distance.to(tl.uint32, bitcast=True) < W.to(tl.uint32)
+
+
+@triton.jit
+def _load_keys(
+    key,
+    pos,
+    W,
+    k_desc,
+    k_desc2,
+    k_row,
+    k_col,
+    v_desc,
+    v_desc2,
+    v_row,
+    v_col,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    DV1: tl.constexpr,
+    DV2: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Tiles of k and v from position `key` on, and `[M, N]`: which of them the queries at `pos` see."""
+    k_1, k_2 = load_tile(k_desc, k_desc2, k_row + key, k_col, D1, D2)
+    v_1, v_2 = load_tile(v_desc, v_desc2, v_row + key, v_col, DV1, DV2)
+    keys = key + tl.arange(0, BLOCK_N)
+    visible = _in_window(pos[:, None] - keys[None, :], W)
+    return k_1, k_2, v_1, v_2, visible
+
+
+@triton.jit(do_not_specialize=["T", "TW", "W", "q_offset", "k_batch", "k_head", "v_batch", "v_head"])
+def _forward_kernel(
+    q_ptr,
+    o_ptr,
+    lse_ptr,
+    map_ptr,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    stride_lb,
+    stride_lt,
+    stride_lh,
+    k_desc,
+    k_desc2,
+    k_batch,
+    k_head,
+    k_column,
+    v_desc,
+    v_desc2,
+    v_batch,
+    v_head,
+    v_column,
+    cu_ptr,
+    leftpad_ptr,
+    T,
+    q_offset,
+    PACKED: tl.constexpr,
+    LEFTPAD: tl.constexpr,
+    TW,
+    W,
+    scale,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    DV: tl.constexpr,
+    DV1: tl.constexpr,
+    DV2: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    GT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Attention of a tile of queries to its band.
+
+    Grid: (tiles, H * GROUPS, B)
+    """
+    i_tile, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    i_h, i_g = tl.program_id(1) // GROUPS, tl.program_id(1) % GROUPS
+    start, rows, row0, pos0, slot0, low, front, total, whole = _query_tile(
+        i_tile, i_b, map_ptr, cu_ptr, leftpad_ptr, T, q_offset, TW, W, PACKED, LEFTPAD, TILE, BLOCK_N
+    )
+    if start >= rows:
+        return
+    i_q, i_head, used = _query_rows(start, rows, i_h, i_g, TILE, GT, G, BLOCK_M)
+    t = row0 + i_q
+    pos = tl.where(used, pos0 + i_q, pos0 + start)
+    q_1, q_2 = load_pair(q_ptr + i_b * stride_qb + t * stride_qt + i_head * stride_qh, used, D, D1, D2, True)
+    k_row, k_col = (i_b * k_batch + i_h * k_head + row0 + slot0).to(tl.int32), i_h * k_column
+    v_row, v_col = (i_b * v_batch + i_h * v_head + row0 + slot0).to(tl.int32), i_h * v_column
+
+    scale_log2 = scale * LOG2E
+    m = tl.full([BLOCK_M], NEGATIVE, dtype=tl.float32)
+    z = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc_1, acc_2 = empty_pair(BLOCK_M, DV1, DV2)
+    for i in range(0, total - whole):
+        key = low + tl.where(i < front, i, i + whole) * BLOCK_N
+        k_1, k_2, v_1, v_2, visible = _load_keys(
+            key, pos, W, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col, D1, D2, DV1, DV2, BLOCK_N
+        )
+        s = tl.where(visible, dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION), float("-inf"))
+        m, z, acc_1, acc_2 = softmax_step(s, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION)
+    for i in range(front, front + whole):
+        key = low + i * BLOCK_N
+        k_1, k_2, v_1, v_2, visible = _load_keys(
+            key, pos, W, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col, D1, D2, DV1, DV2, BLOCK_N
+        )
+        s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
+        m, z, acc_1, acc_2 = softmax_step(s, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION)
+    acc_1, acc_2, lse = softmax_end(m, z, acc_1, acc_2, scale_log2, DV2)
+    store_pair(o_ptr + i_b * stride_ob + t * stride_ot + i_head * stride_oh, acc_1, acc_2, used, DV, DV1, DV2)
+    tl.store(lse_ptr + i_b * stride_lb + t * stride_lt + i_head * stride_lh, lse, mask=used)
+
+
+@triton.jit(do_not_specialize=["T", "TW", "W", "q_offset", "k_batch", "k_head", "v_batch", "v_head"])
+def _dq_kernel(
+    q_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    gate_ptr,
+    dq_ptr,
+    map_ptr,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_dob,
+    stride_dot,
+    stride_doh,
+    stride_lb,
+    stride_lt,
+    stride_lh,
+    stride_dqb,
+    stride_dqt,
+    stride_dqh,
+    k_desc,
+    k_desc2,
+    k_batch,
+    k_head,
+    k_column,
+    v_desc,
+    v_desc2,
+    v_batch,
+    v_head,
+    v_column,
+    cu_ptr,
+    leftpad_ptr,
+    T,
+    q_offset,
+    PACKED: tl.constexpr,
+    LEFTPAD: tl.constexpr,
+    TW,
+    W,
+    scale,
+    HAS_GATE: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    DV: tl.constexpr,
+    DV1: tl.constexpr,
+    DV2: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    GT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Gradient of a tile of queries.
+
+    Grid: (tiles, H * GROUPS, B)
+    """
+    i_tile, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    i_h, i_g = tl.program_id(1) // GROUPS, tl.program_id(1) % GROUPS
+    start, rows, row0, pos0, slot0, low, front, total, whole = _query_tile(
+        i_tile, i_b, map_ptr, cu_ptr, leftpad_ptr, T, q_offset, TW, W, PACKED, LEFTPAD, TILE, BLOCK_N
+    )
+    if start >= rows:
+        return
+    i_q, i_head, used = _query_rows(start, rows, i_h, i_g, TILE, GT, G, BLOCK_M)
+    t = row0 + i_q
+    pos = tl.where(used, pos0 + i_q, pos0 + start)
+    q_1, q_2 = load_pair(q_ptr + i_b * stride_qb + t * stride_qt + i_head * stride_qh, used, D, D1, D2, True)
+    do_ptrs = do_ptr + i_b * stride_dob + t * stride_dot + i_head * stride_doh
+    do_1, do_2 = load_pair(do_ptrs, used, DV, DV1, DV2, True)
+    row = i_b * stride_lb + t * stride_lt + i_head * stride_lh
+    lse = tl.load(lse_ptr + row, mask=used, other=float("inf"))
+    lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)  # a row without a key: every p is 0
+    delta = tl.load(delta_ptr + row, mask=used, other=0.0)
+    gate = delta
+    if HAS_GATE:
+        gate = tl.load(gate_ptr + row, mask=used, other=0.0)
+    k_row, k_col = (i_b * k_batch + i_h * k_head + row0 + slot0).to(tl.int32), i_h * k_column
+    v_row, v_col = (i_b * v_batch + i_h * v_head + row0 + slot0).to(tl.int32), i_h * v_column
+
+    scale_log2 = scale * LOG2E
+    acc_1, acc_2 = empty_pair(BLOCK_M, D1, D2)
+    for i in range(0, total - whole):
+        key = low + tl.where(i < front, i, i + whole) * BLOCK_N
+        k_1, k_2, v_1, v_2, visible = _load_keys(
+            key, pos, W, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col, D1, D2, DV1, DV2, BLOCK_N
+        )
+        acc_1, acc_2 = add_dq(
+            acc_1, acc_2, q_1, q_2, do_1, do_2, k_1, k_2, v_1, v_2, visible, lse_log2, delta, gate, scale_log2,
+            D2, DV2, HAS_GATE, True, PRECISION,
+        )  # fmt: skip
+    for i in range(front, front + whole):
+        key = low + i * BLOCK_N
+        k_1, k_2, v_1, v_2, visible = _load_keys(
+            key, pos, W, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col, D1, D2, DV1, DV2, BLOCK_N
+        )
+        acc_1, acc_2 = add_dq(
+            acc_1, acc_2, q_1, q_2, do_1, do_2, k_1, k_2, v_1, v_2, visible, lse_log2, delta, gate, scale_log2,
+            D2, DV2, HAS_GATE, False, PRECISION,
+        )  # fmt: skip
+    acc_1 *= scale
+    if D2 > 0:
+        acc_2 *= scale
+    store_pair(dq_ptr + i_b * stride_dqb + t * stride_dqt + i_head * stride_dqh, acc_1, acc_2, used, D, D1, D2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dK, dV
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _dkdv_step(
+    first,
+    end,
+    i_head,
+    key,
+    pos0,
+    W,
+    k_1,
+    k_2,
+    v_1,
+    v_2,
+    dk_1,
+    dk_2,
+    dv_1,
+    dv_2,
+    q_desc,
+    q_desc2,
+    q_row,
+    q_head,
+    q_column,
+    do_desc,
+    do_desc2,
+    do_row,
+    do_head,
+    do_column,
+    lse_ptr,
+    delta_ptr,
+    gate_ptr,
+    stride_lt,
+    stride_lh,
+    scale_log2,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    DV1: tl.constexpr,
+    DV2: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add the queries `first … first + BLOCK_M - 1` of one head, up to `end`, to dk and dv."""
+    q_1, q_2 = load_tile(q_desc, q_desc2, q_row + i_head * q_head + first, i_head * q_column, D1, D2)
+    do_1, do_2 = load_tile(do_desc, do_desc2, do_row + i_head * do_head + first, i_head * do_column, DV1, DV2)
+    t = first + tl.arange(0, BLOCK_M)
+    used = t < end
+    stat = i_head * stride_lh + t * stride_lt
+    gate_ptrs = gate_ptr + stat if HAS_GATE else delta_ptr + stat
+    if MASKED:
+        lse = tl.load(lse_ptr + stat, mask=used, other=float("inf"))
+        delta = tl.load(delta_ptr + stat, mask=used, other=0.0)
+        gate = tl.load(gate_ptrs, mask=used, other=0.0)
+    else:
+        lse = tl.load(lse_ptr + stat)
+        delta = tl.load(delta_ptr + stat)
+        gate = tl.load(gate_ptrs)
+    pos = tl.where(used, pos0 + t, -1)  # before every key
+    visible = _in_window(pos[None, :] - key[:, None], W)
+    return add_dkdv(
+        dk_1, dk_2, dv_1, dv_2, k_1, k_2, v_1, v_2, q_1, q_2, do_1, do_2, visible, lse * LOG2E, delta, gate,
+        scale_log2, D2, DV2, HAS_GATE, MASKED, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "TW", "W", "q_offset", "q_batch", "q_head", "do_batch", "do_head"])
+def _dkdv_kernel(
+    k_ptr,
+    v_ptr,
+    lse_ptr,
+    delta_ptr,
+    gate_ptr,
+    dk_ptr,
+    dv_ptr,
+    map_ptr,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_lb,
+    stride_lt,
+    stride_lh,
+    stride_dkb,
+    stride_dkt,
+    stride_dkh,
+    stride_dvb,
+    stride_dvt,
+    stride_dvh,
+    q_desc,
+    q_desc2,
+    q_batch,
+    q_head,
+    q_column,
+    do_desc,
+    do_desc2,
+    do_batch,
+    do_head,
+    do_column,
+    cu_ptr,
+    leftpad_ptr,
+    T,
+    q_offset,
+    PACKED: tl.constexpr,
+    LEFTPAD: tl.constexpr,
+    TW,
+    W,
+    scale,
+    HAS_GATE: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    DV: tl.constexpr,
+    DV1: tl.constexpr,
+    DV2: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
+):
+    """Gradients of a tile of keys.
+
+    Grid: (key tiles, H, B)
+    """
+    i_tile, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    _seq, start, rows, row0, pos0, pad = locate(
+        i_tile, i_b, map_ptr, cu_ptr, leftpad_ptr, T, q_offset, BLOCK_N, PACKED, LEFTPAD
+    )
+    keys = rows if PACKED else TW
+    if start >= keys:
+        return
+    slot0 = 0 if PACKED else pad + TW - T - q_offset
+    slot = start + tl.arange(0, BLOCK_N)
+    inside = slot < keys
+    t_key = row0 + slot
+    key = slot - slot0
+    key = tl.where(key < 0, 2**30, key)  # padding: behind every query
+    k_1, k_2 = load_pair(k_ptr + i_b * stride_kb + i_h * stride_kh + t_key * stride_kt, inside, D, D1, D2, True)
+    v_1, v_2 = load_pair(v_ptr + i_b * stride_vb + i_h * stride_vh + t_key * stride_vt, inside, DV, DV1, DV2, True)
+    q_row = (i_b * q_batch + row0).to(tl.int32)
+    do_row = (i_b * do_batch + row0).to(tl.int32)
+    stat = i_b * stride_lb + row0 * stride_lt
+    lse_ptr += stat
+    delta_ptr += stat
+    if HAS_GATE:
+        gate_ptr += stat
+
+    # queries that see a key of the tile: first … end - 1; all keys: from tile `front` on, `whole` tiles
+    first_key = start - slot0
+    first = tl.maximum(tl.maximum(first_key, 0) - pos0, 0)
+    end = tl.minimum(first_key + BLOCK_N + W - 1 - pos0, rows)
+    seen = tl.minimum(first_key + W - pos0, rows)
+    total = tl.cdiv(tl.maximum(end - first, 0), BLOCK_M)
+    front = tl.minimum(tl.cdiv(tl.maximum(first_key + BLOCK_N - 1 - pos0 - first, 0), BLOCK_M), total)
+    whole = tl.maximum(tl.maximum(seen - first, 0) // BLOCK_M - front, 0)
+    whole = tl.where(first_key < 0, 0, whole)
+    edge = total - whole
+
+    scale_log2 = scale * LOG2E
+    dk_1, dk_2 = empty_pair(BLOCK_N, D1, D2)
+    dv_1, dv_2 = empty_pair(BLOCK_N, DV1, DV2)
+    for i in tl.range(0, G * edge, num_stages=EDGE_STAGES):
+        tile = i % edge
+        tile = tl.where(tile < front, tile, tile + whole)
+        dk_1, dk_2, dv_1, dv_2 = _dkdv_step(
+            first + tile * BLOCK_M, end, i_h * G + i // edge, key, pos0, W, k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2,
+            q_desc, q_desc2, q_row, q_head, q_column, do_desc, do_desc2, do_row, do_head, do_column, lse_ptr, delta_ptr,
+            gate_ptr, stride_lt, stride_lh, scale_log2, D1, D2, DV1, DV2, HAS_GATE, PRECISION,
+            BLOCK_M, True,
+        )  # fmt: skip
+    for i in range(0, G * whole):
+        dk_1, dk_2, dv_1, dv_2 = _dkdv_step(
+            first + (front + i % whole) * BLOCK_M, end, i_h * G + i // whole, key, pos0, W, k_1, k_2, v_1, v_2, dk_1,
+            dk_2, dv_1, dv_2, q_desc, q_desc2, q_row, q_head, q_column, do_desc, do_desc2, do_row, do_head, do_column,
+            lse_ptr, delta_ptr, gate_ptr, stride_lt, stride_lh, scale_log2, D1, D2, DV1, DV2, HAS_GATE, PRECISION,
+            BLOCK_M, False,
+        )  # fmt: skip
+    dk_1 *= scale
+    if D2 > 0:
+        dk_2 *= scale
+    store_pair(dk_ptr + i_b * stride_dkb + i_h * stride_dkh + t_key * stride_dkt, dk_1, dk_2, inside, D, D1, D2)
+    store_pair(dv_ptr + i_b * stride_dvb + i_h * stride_dvh + t_key * stride_dvt, dv_1, dv_2, inside, DV, DV1, DV2)

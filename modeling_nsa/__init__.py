@@ -1,0 +1,51 @@
+# Copyright 2026 The NSA for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Native Sparse Attention models for transformers. Importing this package registers them with the Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    configuration_utils,
+)
+
+from .cache_nsa import NSADynamicLayer, NSAStaticLayer
+from .configuration_nsa import NSA_LAYER_TYPE, NSAConfig
+from .modeling_nsa import (
+    NSACausalLMOutputWithPast,
+    NSAForCausalLM,
+    NSAForQuestionAnswering,
+    NSAForSequenceClassification,
+    NSAForTokenClassification,
+    NSAModel,
+    NSAModelOutputWithPast,
+    NSAPreTrainedModel,
+)
+
+__all__ = [
+    "NSACausalLMOutputWithPast",
+    "NSAConfig",
+    "NSADynamicLayer",
+    "NSAForCausalLM",
+    "NSAForQuestionAnswering",
+    "NSAForSequenceClassification",
+    "NSAForTokenClassification",
+    "NSAModel",
+    "NSAModelOutputWithPast",
+    "NSAPreTrainedModel",
+    "NSAStaticLayer",
+]
+
+# configs read through the base class (Trainer resuming a checkpoint) know only the library's own layer types
+if NSA_LAYER_TYPE not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
+    configuration_utils.ALLOWED_ATTN_LAYER_TYPES += (NSA_LAYER_TYPE,)
+
+AutoConfig.register(NSAConfig.model_type, NSAConfig, exist_ok=True)
+AutoModel.register(NSAConfig, NSAModel, exist_ok=True)
+AutoModelForCausalLM.register(NSAConfig, NSAForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(NSAConfig, NSAForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(NSAConfig, NSAForTokenClassification, exist_ok=True)
+AutoModelForQuestionAnswering.register(NSAConfig, NSAForQuestionAnswering, exist_ok=True)

@@ -1,0 +1,388 @@
+# Copyright 2026 The NSA for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Attention layers: native sparse attention, and the full and sliding attention that it is mixed with.
+
+Shapes: B batch, T new tokens, TK tokens seen, HQ query heads, H key/value heads, D and DV head dims, NC new blocks,
+l compress_block_size. Inside a sparse layer tensors are `[B, T, H, D]`; cache layers hold `[B, H, T, D]`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+    rotate_half,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from nsa_kernels import compress_mean, compress_mlp, nsa_attention
+
+from .cache_nsa import NSACacheInput
+from .configuration_nsa import NSAConfig
+from .layout_nsa import NSALayout
+
+__all__ = ["NSAAttention", "NSACompression", "NSADenseAttention", "NSAGate", "NSAGateScale", "init_nsa_parameters"]
+
+
+def _rotate(x, cos, sin):
+    """RoPE on `[B, T, H, D]` with cos, sin `[B or 1, T, D]`."""
+    return x * cos.unsqueeze(-2) + rotate_half(x) * sin.unsqueeze(-2)
+
+
+def _unrotate(x, cos, sin):
+    """Inverse of `_rotate`; cos and sin may carry a common factor, the attention scaling of YaRN and kin."""
+    return _rotate(x, cos, -sin) / (cos.square() + sin.square()).unsqueeze(-2)
+
+
+class NSACompression(nn.Module):
+    """φ (eq. 7): pools each block of l keys or values into one, alike for every head.
+
+    "mean": mean of the rotated keys; "mlp": MLP over the keys before RoPE, rotated to the block's mean position;
+    "residual_mlp": the sum of both. Values have no RoPE.
+    """
+
+    def __init__(self, config: NSAConfig, head_dim: int):
+        super().__init__()
+        self.compress_type = config.compress_type
+        self.sizes = {
+            "compress_block_size": config.compress_block_size,
+            "compress_stride": config.compress_stride,
+        }
+        if self.compress_type != "mean":
+            hidden = config.compress_hidden_size or 2 * config.head_dim
+            self.pos_embed = nn.Parameter(torch.empty(config.compress_block_size, head_dim))
+            self.w1 = nn.Parameter(torch.empty(hidden, config.compress_block_size * head_dim))
+            self.b1 = nn.Parameter(torch.empty(hidden))
+            self.w2 = nn.Parameter(torch.empty(head_dim, hidden))
+            self.b2 = nn.Parameter(torch.empty(head_dim))
+
+    def forward(self, x, x_rotated, embeddings=None, first_slot=0, num_blocks=None, cu_seqlens=None):
+        """
+        Args:
+            x: `[B, T, H, D]` before RoPE (packed: `[T, H, D]`); not read by "mean".
+            x_rotated: The same after RoPE; not read by "mlp".
+            embeddings: cos and sin at the blocks' mean positions, `[B or 1, NC, D]` (packed: `[NC, D]`), or None.
+            first_slot, num_blocks, cu_seqlens: See `nsa_kernels.compress_mean`.
+
+        Returns:
+            `[B, NC, H, D]` (packed: `[NC, H, D]`).
+        """
+        where = {"first_slot": first_slot, "num_blocks": num_blocks, "cu_seqlens": cu_seqlens, **self.sizes}
+        if self.compress_type == "mean":
+            return compress_mean(x_rotated, **where)
+        out = compress_mlp(x, self.pos_embed, self.w1, self.b1, self.w2, self.b2, **where)
+        if embeddings is not None:
+            out = _rotate(out, *embeddings)
+        return out if self.compress_type == "mlp" else compress_mean(x_rotated, **where) + out
+
+
+class NSAGate(nn.Module):
+    """One gate per query head and branch: `sigmoid(MLP(x))`, order cmp, slc, win."""
+
+    def __init__(self, config: NSAConfig):
+        super().__init__()
+        hidden = config.gate_hidden_size or 2 * config.head_dim
+        self.fc1 = nn.Linear(config.hidden_size, hidden)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(hidden, 3 * config.num_attention_heads)
+        self.fc2.starts_at_zero = True
+
+    def forward(self, hidden_states):
+        """`[B, T, hidden_size]` to `[B, T, HQ, 3]`."""
+        return torch.sigmoid(self.fc2(self.act_fn(self.fc1(hidden_states)))).unflatten(-1, (-1, 3))
+
+
+class NSAGateScale(nn.Module):
+    """Scale of the gates per key/value head and branch, `s = (0, 2, 0) + 64 · bias`: selection alone at the start.
+
+    The factor lets AdamW open the branches at fine-tuning rates. Trainer exempts parameters named `bias` from weight
+    decay.
+    """
+
+    start = (0.0, 2.0, 0.0)
+    step = 64.0
+
+    def __init__(self, config: NSAConfig):
+        super().__init__()
+        self.out_features = 3 * config.num_key_value_heads
+        self.bias = nn.Parameter(torch.empty(self.out_features))
+
+    def forward(self, hidden_states):
+        """δ, `[1, 1, 3 · H]`; tensor parallelism wants an input, and shards the last dim of the output."""
+        return self.bias.view(1, 1, -1)
+
+    @classmethod
+    def scale(cls, gates, delta):
+        """Scale gates `[B, T, HQ, 3]` by δ."""
+        start = torch.tensor(cls.start, device=gates.device)
+        scale = cls.step * delta.float().unflatten(-1, (-1, 3)) + start  # [1, 1, H, 3]
+        return gates * scale.repeat_interleave(gates.shape[-2] // scale.shape[-2], dim=-2).to(gates.dtype)
+
+
+class NSADenseAttention(nn.Module):
+    """Full or sliding causal attention through `attn_implementation`; in sparse layers, the selection's projections."""
+
+    def __init__(self, config: NSAConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.v_head_dim = config.v_head_dim or config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
+        sliding = config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if sliding else None
+
+        self.q_proj = nn.Linear(
+            config.hidden_size, config.num_attention_heads * self.head_dim, bias=config.attention_bias
+        )
+        self.k_proj, self.v_proj = self._key_value_projections(config)
+        self.o_proj = nn.Linear(
+            config.num_attention_heads * self.v_head_dim, config.hidden_size, bias=config.attention_output_bias
+        )
+        self.q_norm = self._head_norm(config)
+        self.k_norm = self._head_norm(config)
+
+    def _key_value_projections(self, config):
+        heads, bias = config.num_key_value_heads, config.attention_bias
+        return (
+            nn.Linear(config.hidden_size, heads * self.head_dim, bias=bias),
+            nn.Linear(config.hidden_size, heads * self.v_head_dim, bias=bias),
+        )
+
+    def _head_norm(self, config):
+        return LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+
+    def _heads(self, x, projection, norm=None):
+        """`[B, T, hidden_size]` to `[B, T, heads, head dim]`."""
+        x = projection(x).unflatten(-1, (-1, self.v_head_dim if norm is None else self.head_dim))
+        return x if norm is None else norm(x)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        layout: NSALayout | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As transformers' attention layers; `layout` is for the sparse ones."""
+        query = self._heads(hidden_states, self.q_proj, self.q_norm).transpose(1, 2)
+        key = self._heads(hidden_states, self.k_proj, self.k_norm).transpose(1, 2)
+        value = self._heads(hidden_states, self.v_proj).transpose(1, 2)
+        if self.use_rope:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(attn_output.flatten(2).contiguous()), attn_weights
+
+
+class NSAAttention(NSADenseAttention):
+    """Native sparse attention (eq. 5): compression, selection and window branches over gated outputs.
+
+    Each branch has its own key and value projections and key norm, or all use one with `shared_kv`.
+    """
+
+    def __init__(self, config: NSAConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        if not config.shared_kv:
+            self.k_proj_cmp, self.v_proj_cmp = self._key_value_projections(config)
+            self.k_proj_win, self.v_proj_win = self._key_value_projections(config)
+            self.k_norm_cmp, self.k_norm_win = self._head_norm(config), self._head_norm(config)
+        self.compress_k = NSACompression(config, self.head_dim)
+        self.compress_v = NSACompression(config, self.v_head_dim)
+        self.gate = NSAGate(config)
+        self.gate_scale = NSAGateScale(config) if config.gate_scale else None
+
+    def _branch(self, x, branch):
+        """Keys (before RoPE) and values of a branch other than selection."""
+        k_proj, v_proj = getattr(self, f"k_proj_{branch}"), getattr(self, f"v_proj_{branch}")
+        return self._heads(x, k_proj, getattr(self, f"k_norm_{branch}")), self._heads(x, v_proj)
+
+    def _compress(self, tails, first_slot, num_blocks, embeddings, cu_seqlens=None):
+        """φ over tensors of `_tails`, `[B, T, H, D]` or packed; returns k_cmp and v_cmp alike."""
+        embeddings = embeddings if self.use_rope else None
+        where = {"first_slot": first_slot, "num_blocks": num_blocks, "cu_seqlens": cu_seqlens}
+        k_cmp = self.compress_k(tails.get("k_tail"), tails.get("k_tail_rot"), embeddings, **where)
+        return k_cmp, self.compress_v(tails["v_tail"], tails["v_tail"], **where)
+
+    def _tails(self, k, k_rotated, v):
+        """What φ reads, by the names of the cache."""
+        tails = {"v_tail": v}
+        if self.config.compress_type != "mean":
+            tails["k_tail"] = k
+        if self.config.compress_type != "mlp":
+            tails["k_tail_rot"] = k_rotated
+        return tails
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        layout: NSALayout | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states: `[B, T, hidden_size]`.
+            position_embeddings: cos and sin, `[B or 1, T, D]`.
+            attention_mask: Unused; padding and packing are in `layout`.
+            layout: See `build_layout`.
+
+        Returns:
+            Output `[B, T, hidden_size]`; with `output_attentions` the probabilities of the selection branch
+            `[B, HQ, T, TK]`, else None; the chosen blocks, int32 `[B, T, H, n]`; the gates `[B, T, HQ, 3]`.
+        """
+        shape = hidden_states.shape[:2]
+        if layout.order is not None:
+            hidden_states, *position_embeddings = (
+                _gather_tokens(x.expand(shape[0], -1, -1), layout.order) for x in (hidden_states, *position_embeddings)
+            )
+        rotate = self._rotation(position_embeddings)
+        q = rotate(self._heads(hidden_states, self.q_proj, self.q_norm))
+        k_slc, v = self._heads(hidden_states, self.k_proj, self.k_norm), self._heads(hidden_states, self.v_proj)
+        k = rotate(k_slc)
+        if self.config.shared_kv:
+            tails, k_win, v_win = self._tails(k_slc, k, v), k, v
+        else:
+            k_cmp, v_cmp = self._branch(hidden_states, "cmp")
+            tails = self._tails(k_cmp, rotate(k_cmp) if self.config.compress_type != "mlp" else None, v_cmp)
+            k_win, v_win = self._branch(hidden_states, "win")
+            k_win = rotate(k_win)
+        gates = self.gate(hidden_states)
+        if self.gate_scale is not None:
+            gates = NSAGateScale.scale(gates, self.gate_scale(hidden_states))
+
+        if past_key_values is not None:
+            keys, values = self._update(past_key_values, layout.cache or layout, k, v, tails, k_win, v_win)
+            (k_cmp, v_cmp) = keys[1], values[1]
+            if layout.cache is None:
+                (k, _, k_win), (v, _, v_win) = keys, values
+        cu_seqlens = layout.cu_seqlens
+        tensors = (q, k, v, k_win, v_win, *gates.unbind(-1))
+        if cu_seqlens is not None:
+            tensors = tuple(x.flatten(0, 1) for x in tensors)
+            tails = {name: x.flatten(0, 1) for name, x in tails.items()}
+        if past_key_values is None:
+            first_slot = layout.first_slot(0) if cu_seqlens is None else 0
+            num_blocks = layout.num_blocks if cu_seqlens is None else None
+            k_cmp, v_cmp = self._compress(tails, first_slot, num_blocks, layout.block_embeddings, cu_seqlens)
+
+        output_attentions = kwargs.get("output_attentions")
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        q, k, v, k_win, v_win, *gate_tensors = tensors
+        output, block_indices, weights = nsa_attention(
+            q, k, v, k_cmp, v_cmp, k_win, v_win, *gate_tensors,
+            **self.config.block_sizes,
+            scale=self.scaling,
+            leftpad=layout.leftpad,
+            q_offset=layout.past_length,
+            cu_seqlens=cu_seqlens,
+            return_weights=bool(output_attentions) and cu_seqlens is None,
+            backend=self.config.nsa_backend,
+        )  # fmt: skip
+        output = output.reshape(*shape, -1)
+        if layout.real is not None:  # padding gives 0, wherever it lies
+            output = output.masked_fill(~layout.real[..., None], 0.0)
+        output = self.o_proj(output)
+        block_indices = block_indices.view(*shape, *block_indices.shape[-2:])
+        if layout.order is not None:
+            back = layout.order.argsort(dim=1)
+            output, block_indices, gates = (_gather_tokens(x, back) for x in (output, block_indices, gates))
+            weights = None if weights is None else _gather_tokens(weights.transpose(1, 2), back).transpose(1, 2)
+        return output, weights, block_indices, gates
+
+    def _rotation(self, position_embeddings):
+        return (lambda x: _rotate(x, *position_embeddings)) if self.use_rope else (lambda x: x)
+
+    def _update(self, past_key_values, layout, k, v, tails, k_win, v_win):
+        """Hand everything to the cache layer in one call; tensors `[B, T, H, D]` in and out."""
+        if layout.to_cache is not None:
+            k, v, k_win, v_win, *tail_states = (
+                _gather_tokens(x, layout.to_cache) for x in (k, v, k_win, v_win, *tails.values())
+            )
+            tails = dict(zip(tails, tail_states))
+
+        def compress(tails, *where):
+            tails = {name: x.transpose(1, 2) for name, x in tails.items()}
+            return tuple(x.transpose(1, 2) for x in self._compress(tails, *where))
+
+        def unrotate(keys, first_slot):
+            if not self.use_rope:
+                return keys
+            slots = torch.arange(first_slot, first_slot + keys.shape[2], device=keys.device)
+            positions = layout.first_position + (slots if layout.leftpad is None else slots - layout.leftpad[:, None])
+            return _unrotate(keys.transpose(1, 2), *layout.embed(positions)).transpose(1, 2)
+
+        separate = not self.config.shared_kv
+        nsa = NSACacheInput(
+            layout=layout,
+            tails={name: x.transpose(1, 2) for name, x in tails.items()},
+            k_win=k_win.transpose(1, 2) if separate else None,
+            v_win=v_win.transpose(1, 2) if separate else None,
+            compress=compress,
+            unrotate=unrotate,
+            window_size=self.config.window_size,
+        )
+        keys, values = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, nsa=nsa)
+        return tuple(x.transpose(1, 2) for x in keys), tuple(x.transpose(1, 2) for x in values)
+
+
+def _gather_tokens(x, index):
+    """`x[b, index[b, t]]` for `[B, T, ...]`."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
+
+
+def init_nsa_parameters(module: nn.Module, std: float) -> None:
+    """Initialise the parameters that only sparse layers have, in `module` and below.
+
+    First layers: normal(0, std). Zero: biases, intra-block embeddings, gate scales, the gates' last layer (every gate
+    starts at exactly 0.5), and φ's last layer where it is added to the mean. The last layer of a pure-MLP φ:
+    normal(0, std).
+    """
+    for part in module.modules():
+        if isinstance(part, NSACompression) and part.compress_type != "mean":
+            init.normal_(part.w1, mean=0.0, std=std)
+            if part.compress_type == "mlp":
+                init.normal_(part.w2, mean=0.0, std=std)
+            else:
+                init.zeros_(part.w2)
+            for parameter in (part.pos_embed, part.b1, part.b2):
+                init.zeros_(parameter)
+        elif isinstance(part, NSAGate):
+            init.normal_(part.fc1.weight, mean=0.0, std=std)
+            init.zeros_(part.fc1.bias)
+        elif getattr(part, "starts_at_zero", False):
+            init.zeros_(part.weight)
+            init.zeros_(part.bias)
+        elif isinstance(part, NSAGateScale):
+            init.zeros_(part.bias)

@@ -1,0 +1,342 @@
+# Copyright 2026 The NSA for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""The Native Sparse Attention decoder (arXiv 2502.11089) as transformers models."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention_nsa import NSAAttention, NSACompression, NSADenseAttention, NSAGateScale, init_nsa_parameters
+from .cache_nsa import prepare_cache
+from .configuration_nsa import NSA_LAYER_TYPE, NSAConfig
+from .layout_nsa import NSALayout, build_layout, restarts
+
+__all__ = [
+    "NSACausalLMOutputWithPast",
+    "NSAForCausalLM",
+    "NSAForQuestionAnswering",
+    "NSAForSequenceClassification",
+    "NSAForTokenClassification",
+    "NSAModel",
+    "NSAModelOutputWithPast",
+    "NSAPreTrainedModel",
+]
+
+_MASK_FUNCTIONS = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+}
+
+
+@dataclass
+class NSAModelOutputWithPast(BaseModelOutputWithPast):
+    r"""
+    Args:
+        attentions (`tuple(torch.FloatTensor)`, *optional*, returned with `output_attentions=True`):
+            One `[batch, heads, tokens, keys]` per layer. For a sparse layer: the token probabilities of its selection
+            branch, 0 for tokens in blocks that are not chosen. Not available for packed sequences. Full and sliding
+            layers give theirs with `attn_implementation="eager"`.
+        block_indices (`tuple(torch.IntTensor)`, *optional*, returned with `output_block_indices=True`):
+            One `[batch, tokens, key/value heads, n]` per sparse layer: the blocks that each query attends to,
+            ascending, padded with -1. Block j holds the tokens j·l' … j·l' + l' - 1 of the row, counted from its first
+            real token.
+        gates (`tuple(torch.FloatTensor)`, *optional*, returned with `output_gates=True`):
+            One `[batch, tokens, heads, 3]` per sparse layer: gates of the compression, selection and window branches,
+            scales included.
+    """
+
+    block_indices: tuple[torch.IntTensor, ...] | None = None
+    gates: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class NSACausalLMOutputWithPast(CausalLMOutputWithPast):
+    r"""
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned with `labels`):
+            Next-token cross-entropy.
+        logits (`torch.FloatTensor` of shape `(batch, tokens, vocab_size)`):
+            Scores of the next token.
+        attentions (`tuple(torch.FloatTensor)`, *optional*, returned with `output_attentions=True`):
+            As in [`NSAModelOutputWithPast`].
+        block_indices (`tuple(torch.IntTensor)`, *optional*, returned with `output_block_indices=True`):
+            As in [`NSAModelOutputWithPast`].
+        gates (`tuple(torch.FloatTensor)`, *optional*, returned with `output_gates=True`):
+            As in [`NSAModelOutputWithPast`].
+    """
+
+    block_indices: tuple[torch.IntTensor, ...] | None = None
+    gates: tuple[torch.FloatTensor, ...] | None = None
+
+
+class NSADecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: NSAConfig, layer_idx: int):
+        super().__init__()
+        sparse = config.layer_types[layer_idx] == NSA_LAYER_TYPE
+        self.self_attn = (NSAAttention if sparse else NSADenseAttention)(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        layout: NSALayout | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        hidden_states, *_ = self.self_attn(
+            hidden_states=hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            layout=layout,
+            **kwargs,
+        )
+        hidden_states = residual + hidden_states
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+@auto_docstring
+class NSAPreTrainedModel(PreTrainedModel):
+    config: NSAConfig
+    config_class = NSAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NSADecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _supports_context_parallel = False
+    _can_record_outputs = {
+        "hidden_states": NSADecoderLayer,
+        "attentions": NSADenseAttention,
+        "block_indices": OutputRecorder(NSAAttention, index=2),
+        "gates": OutputRecorder(NSAAttention, index=3),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        # leaf modules only: containers are not visited when their children are done
+        if isinstance(module, (NSACompression, NSAGateScale)) or getattr(module, "starts_at_zero", False):
+            init_nsa_parameters(module, self.config.initializer_range)
+
+
+@auto_docstring
+class NSAModel(NSAPreTrainedModel):
+    def __init__(self, config: NSAConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [NSADecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> NSAModelOutputWithPast:
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+
+        # packed sequences are not cached: which row would a next token continue?
+        packed = kwargs.get("cu_seq_lens_q") is not None or (
+            past_key_values is None and attention_mask is None and restarts(position_ids) is not None
+        )
+        if use_cache and past_key_values is None and not packed:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None:
+            prepare_cache(past_key_values, self.config)
+
+        masks = attention_mask if isinstance(attention_mask, dict) else None
+        padding_mask = masks.get(NSA_LAYER_TYPE) if masks is not None else attention_mask
+        layout, position_ids, position_embeddings = build_layout(
+            self.config,
+            inputs_embeds,
+            padding_mask,
+            position_ids,
+            past_key_values,
+            kwargs.get("cu_seq_lens_q"),
+            self.rotary_emb,
+        )
+        if masks is None:
+            masks = _dense_masks(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
+
+        hidden_states = inputs_embeds
+        for layer_type, decoder_layer in zip(self.config.layer_types, self.layers):
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=masks.get(layer_type),
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                layout=layout,
+                **kwargs,
+            )
+        return NSAModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+
+def _dense_masks(config, inputs_embeds, attention_mask, position_ids, past_key_values):
+    """Masks of the full and sliding layers, by layer type."""
+    return {
+        layer_type: _MASK_FUNCTIONS[layer_type](
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        for layer_type in set(config.layer_types) - {NSA_LAYER_TYPE}
+    }
+
+
+@auto_docstring
+class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: NSAConfig):
+        super().__init__(config)
+        self.model = NSAModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> NSACausalLMOutputWithPast:
+        r"""
+        Example:
+
+        ```python
+        >>> import modeling_nsa  # registers the model type
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        >>> model = AutoModelForCausalLM.from_pretrained("SmolLM2-135M-NSA")
+        >>> tokenizer = AutoTokenizer.from_pretrained("SmolLM2-135M-NSA")
+        >>> inputs = tokenizer("Gravity is", return_tensors="pt")
+        >>> tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0])
+        ```"""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return NSACausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            block_indices=outputs.block_indices,
+            gates=outputs.gates,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
+        """As in transformers; rows padded on the right continue at the position after their last real token."""
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        position_ids = model_inputs.get("position_ids")
+        if position_ids is not None and attention_mask is not None and attention_mask.dim() == 2:
+            mask = attention_mask.bool()
+            right_padded = (mask[:, :-1] & ~mask[:, 1:]).any(dim=1, keepdim=True)
+            counted = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -position_ids.shape[1] :]
+            model_inputs["position_ids"] = torch.where(right_padded, counted, position_ids)
+        return model_inputs
+
+    @staticmethod
+    def create_masks_for_generate(
+        config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
+    ) -> dict[str, torch.Tensor | None]:
+        """Masks by layer type for `generate` with a static cache, of shapes that stay the same from step to step."""
+        masks = _dense_masks(config, inputs_embeds, attention_mask, position_ids, past_key_values)
+        if NSA_LAYER_TYPE in config.layer_types:
+            if attention_mask is not None:
+                spare = past_key_values.get_max_length() - attention_mask.shape[1]
+                attention_mask = nn.functional.pad(attention_mask.bool(), (0, max(0, spare)))
+            masks[NSA_LAYER_TYPE] = attention_mask
+        return masks
+
+
+class NSAForSequenceClassification(GenericForSequenceClassification, NSAPreTrainedModel):
+    pass
+
+
+class NSAForTokenClassification(GenericForTokenClassification, NSAPreTrainedModel):
+    pass
+
+
+class NSAForQuestionAnswering(GenericForQuestionAnswering, NSAPreTrainedModel):
+    base_model_prefix = "transformer"

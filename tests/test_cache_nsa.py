@@ -1,0 +1,177 @@
+# Copyright 2026 The NSA for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""The cache layers: memory, growth, and every lifecycle method."""
+
+import copy
+
+import pytest
+import torch
+from tiny_nsa import close, every_variant, logits, make_ids, make_model, sparse_variants
+from transformers import DynamicCache, StaticCache
+
+from modeling_nsa import NSAConfig, NSADynamicLayer, NSAForCausalLM, NSAStaticLayer
+
+
+def fill(model, ids, recording=False):
+    cache = DynamicCache(config=model.config)
+    if recording:
+        cache.activate_past_recording()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    return cache
+
+
+@torch.no_grad()
+def step(model, ids, cache):
+    return model(ids, past_key_values=cache).logits
+
+
+def test_layers_register_themselves():
+    config = NSAConfig(num_hidden_layers=2, layer_types=["native_sparse_attention", "full_attention"])
+    dynamic, static = DynamicCache(config=config), StaticCache(config=config, max_cache_len=8)
+    assert [type(layer).__name__ for layer in dynamic.layers] == ["NSADynamicLayer", "DynamicLayer"]
+    assert [type(layer).__name__ for layer in static.layers] == ["NSAStaticLayer", "StaticLayer"]
+    assert NSADynamicLayer._layer_type == NSAStaticLayer._layer_type == "native_sparse_attention"
+
+
+@sparse_variants
+@pytest.mark.parametrize("removed", [1, 2, 9, 20, 39])
+def test_crop_forgets_tokens_without_a_trace(variant, removed):
+    model, ids = make_model(variant), make_ids(2, 70)
+    cache = fill(model, ids[:, :30], recording=True)
+    step(model, ids[:, 30:41], cache)
+    cache.crop(-removed)
+    kept = 41 - removed
+    assert cache.get_seq_length() == kept
+    close(step(model, ids[:, kept:], cache), logits(model, ids)[:, kept:])
+
+
+def test_crop_beyond_what_is_held_raises_or_rebuilds():
+    separate, shared, ids = make_model(), make_model("shared"), make_ids(1, 50)
+    cache = fill(separate, ids[:, :40])
+    with pytest.raises(RuntimeError, match=r"cannot remove 5 of 40 tokens.*activate_past_recording"):
+        cache.crop(-5)
+    close(step(separate, ids[:, 40:], cache), logits(separate, ids)[:, 40:])  # nothing was changed
+    cache = fill(shared, ids[:, :40])
+    cache.crop(-15)
+    close(step(shared, ids[:, 25:], cache), logits(shared, ids)[:, 25:])
+
+
+@pytest.mark.parametrize("variant", ["separate", "shared"])
+def test_recording_keeps_no_more_after_a_crop(variant):
+    model, ids = make_model(variant), make_ids(1, 64)
+    cache = fill(model, ids, recording=True)
+    cache.crop(0)
+    layer = cache.layers[0]
+    assert layer.v_tail.shape[2] == 7
+    assert layer.k_win is None or layer.k_win.shape[2] == 10
+
+
+@every_variant
+def test_beams_batches_and_offloading(variant):
+    model, ids = make_model(variant), make_ids(3, 40)
+    expected = logits(model, ids)
+    order = torch.tensor([2, 0, 0])
+    cache = fill(model, ids[:, :30])
+    cache.reorder_cache(order)
+    close(step(model, ids[order, 30:], cache), expected[order, 30:])
+    cache = fill(model, ids[:, :30])
+    cache.batch_repeat_interleave(2)
+    close(step(model, ids[:, 30:].repeat_interleave(2, 0), cache), expected[:, 30:].repeat_interleave(2, 0))
+    cache = fill(model, ids[:, :30])
+    cache.batch_select_indices(torch.tensor([1]))
+    close(step(model, ids[1:2, 30:], cache), expected[1:2, 30:])
+    cache = fill(model, ids[:, :30])
+    for layer in cache.layers:
+        layer.offload()
+        layer.prefetch()
+    close(step(model, ids[:, 30:], cache), expected[:, 30:])
+    static = StaticCache(config=model.config, max_cache_len=40)
+    for _ in range(2):
+        step(model, ids[:, :30], static)
+        static.reorder_cache(order)
+        close(step(model, ids[order, 30:], static), expected[order, 30:])
+        static.reset()
+
+
+@pytest.mark.parametrize("variant", ["separate", "shared"])
+def test_right_padded_rows_are_cropped_by_column(variant):
+    model, ids = make_model(variant), make_ids(2, 40)
+    mask = torch.ones_like(ids)
+    mask[1, 11:20] = 0  # nine columns of padding between the real tokens of row 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    late = []
+    with torch.no_grad():
+        for start, stop, removed in ((0, 20, 3), (17, 30, 4), (26, 40, 0)):  # the second part starts with padding
+            out = model(
+                ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions[:, start:stop],
+                past_key_values=cache,
+            )  # fmt: skip
+            late.append(out.logits[:, max(0, 20 - start) : stop - start - removed])
+            cache.crop(-removed)
+    expected = logits(model, torch.cat((ids[1:, :11], ids[1:, 20:]), 1))[0, 11:]
+    close(torch.cat((late[1][1], late[2][1])), expected)
+    close(torch.cat((late[1][0], late[2][0])), logits(model, ids[:1])[0, 20:])
+
+
+def test_a_copy_is_independent():
+    model, ids = make_model(), make_ids(1, 60)
+    cache = fill(model, ids[:, :30])
+    step(model, ids[:, 30:31], cache)
+    prefix = copy.deepcopy(cache)
+    step(model, make_ids(1, 20, seed=9), cache)
+    close(step(model, ids[:, 31:], prefix), logits(model, ids)[:, 31:])
+
+
+@pytest.mark.parametrize("shared_kv", [False, True])
+def test_memory_stays_below_110_percent_of_dense(shared_kv):
+    """At the paper's sizes: allocated bytes, growth by single tokens included."""
+    config = NSAConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        shared_kv=shared_kv, max_position_embeddings=20000,
+    )  # fmt: skip
+    model, length = NSAForCausalLM(config).eval(), 16384
+    cache = fill(model, torch.zeros(1, length, dtype=torch.long))
+    for _ in range(3):
+        step(model, torch.zeros(1, 1, dtype=torch.long), cache)
+    layer = cache.layers[0]
+    tensors = [layer.keys, layer.values, *(getattr(layer, name) for name in layer.state_names)]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors if x is not None}
+    dense = 2 * (length + 3) * 16 * 4
+    window = 0 if shared_kv else 512 / length
+    assert 1.06 < sum(storages.values()) / dense < (1 + 1 / 16 + window) * (1 + 1 / 64) + 0.01
+    before = layer.keys.data_ptr()
+    step(model, torch.zeros(1, 1, dtype=torch.long), cache)
+    assert layer.keys.data_ptr() == before  # appended in place
+
+
+def test_filled_plain_layers_are_rebuilt_or_refused():
+    """PEFT's prefix tuning and a user's own DynamicCache hand over plain layers."""
+    shared, separate, ids = make_model("shared"), make_model(), make_ids(1, 45)
+    full = fill(shared, ids[:, :30])
+    plain = DynamicCache()
+    for index, layer in enumerate(full.layers):
+        plain.update(layer.keys.clone(), layer.values.clone(), index)
+    close(step(shared, ids[:, 30:], plain), logits(shared, ids)[:, 30:])
+    plain = DynamicCache()
+    for index, layer in enumerate(fill(separate, ids[:, :30]).layers):
+        plain.update(layer.keys.clone(), layer.values.clone(), index)
+    with pytest.raises(ValueError, match=r"Layer 0 got 30 cached tokens.*shared_kv=False"):
+        step(separate, ids[:, 30:], plain)
+
+
+def test_compression_runs_once_per_finished_block(monkeypatch):
+    model, ids = make_model(), make_ids(1, 60)
+    counted = []
+    compress = model.model.layers[0].self_attn.compress_k
+    forward = compress.forward
+    monkeypatch.setattr(
+        compress, "forward", lambda *args, **kwargs: counted.append(kwargs["num_blocks"]) or forward(*args, **kwargs)
+    )
+    cache = fill(model, ids[:, :30])
+    for t in range(30, 60):
+        step(model, ids[:, t : t + 1], cache)
+    assert sum(counted) == 14  # (60 - 8) // 4 + 1
+    assert max(counted[1:]) == 1
