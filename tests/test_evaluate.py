@@ -13,6 +13,7 @@ from nsa_conversion.evaluate import (
     format_position_table,
     loss_by_position,
     main,
+    paired_interval,
     position_edges,
     take_slices,
 )
@@ -84,6 +85,19 @@ def test_loss_by_position_keeps_what_a_model_does_to_its_logits():
     with torch.no_grad():
         expected = token_losses(model, ids).mean().item()
     assert loss_by_position(model, ids, [0, 20])[0].loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_paired_interval_sees_through_what_both_share():
+    first = [1.0, 5.0, 9.0, 2.0, 7.0]
+    low, high = paired_interval(first, [x + shift for x, shift in zip(first, (0.1, 0.3, 0.2, 0.2, 0.2))])
+    assert 0.1 < low < 0.2 < high < 0.3
+    assert paired_interval(first, first) == (0, 0)
+
+
+@pytest.mark.parametrize(("first", "second"), [([1.0], [1.0]), ([1.0, 2.0], [1.0, 2.0, 3.0])])
+def test_paired_interval_needs_pairs(first, second):
+    with pytest.raises(NSAError, match="an interval needs the same two or more texts from both"):
+        paired_interval(first, second)
 
 
 @pytest.mark.parametrize("edges", [[0], [0, 0], [4, 2], [-1, 4]])
@@ -188,9 +202,12 @@ def test_command_prints_a_table_and_writes_files(tmp_path, capsys, checkpoint, o
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "difference" in printed
+    assert "95 % interval" in printed
     assert "256-299" in printed
     saved = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert saved["positions"][1]["start"] == 256
+    assert len(saved["positions"][1]["by_text"]) == 2
+    assert [low <= high for low, high in saved["difference_95"]] == [True, True]
     assert (tmp_path / "out" / "loss_by_position.png").read_bytes().startswith(b"\x89PNG")
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["positions"] == saved["positions"]

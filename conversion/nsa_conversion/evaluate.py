@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -34,6 +35,7 @@ __all__ = [
     "format_position_table",
     "loss_by_position",
     "main",
+    "paired_interval",
     "position_edges",
     "take_slices",
 ]
@@ -50,12 +52,13 @@ LOGIT_TRANSFORMS = (
 
 
 class PositionBucket(NamedTuple):
-    """Mean loss over the query positions `start <= p < end`."""
+    """Mean loss over the query positions `start <= p < end`, and the mean of each text that reaches them."""
 
     start: int
     end: int
     loss: float
     count: int
+    by_text: tuple[float, ...] = ()
 
 
 def position_edges(length: int) -> list[int]:
@@ -148,27 +151,57 @@ def loss_by_position(
     if len(edges) < 2 or any(left >= right for left, right in itertools.pairwise(edges)) or edges[0] < 0:
         raise NSAError(f"edges must be at least two ascending positions from 0 on, got {edges}")
     device = next(model.parameters()).device
-    total = torch.zeros(len(edges) - 1, dtype=torch.float64)
-    count = torch.zeros(len(edges) - 1, dtype=torch.int64)
+    spans = list(itertools.pairwise(edges))
+    losses = [[] for _ in spans]
     was_training = model.training
     model.eval()
     try:
         for ids in tqdm(input_ids, desc=description, unit=" texts", disable=not progress, leave=False):
             if len(ids) < 2:
                 continue
-            losses = _token_losses(model, ids[None].to(device=device, dtype=torch.long), chunk_size).double()
-            for index, (start, end) in enumerate(itertools.pairwise(edges)):
-                total[index] += losses[start:end].sum()
-                count[index] += len(losses[start:end])
+            text = _token_losses(model, ids[None].to(device=device, dtype=torch.long), chunk_size).double()
+            for (start, end), bucket in zip(spans, losses):
+                if len(text) > start:
+                    bucket.append(text[start:end])
     finally:
         model.train(was_training)
-    if not count.any():
+    if not any(losses):
         raise NSAError(f"no sequence has a token to predict inside positions {edges[0]}-{edges[-1] - 1}")
-    return [
-        PositionBucket(start, end, (total[index] / count[index]).item(), int(count[index]))
-        for index, (start, end) in enumerate(itertools.pairwise(edges))
-        if count[index]
-    ]
+    buckets = []
+    for (start, end), texts in zip(spans, losses):
+        if texts:
+            together = torch.cat(texts)
+            means = tuple(text.mean().item() for text in texts)
+            buckets.append(PositionBucket(start, end, together.mean().item(), len(together), means))
+    return buckets
+
+
+def paired_interval(
+    first: Sequence[float], second: Sequence[float], *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Bootstrap percentile interval of the mean of `second - first`, both measured on the same texts.
+
+    Whole texts are drawn with replacement, so what makes one text harder than another for both cancels.
+
+    Args:
+        first: one value per text, at least two.
+        second: the same texts, in the same order.
+        level: probability that the interval should cover, inside (0, 1).
+        resamples: draws.
+        seed: of the draws; equal inputs give equal intervals.
+
+    Returns:
+        The lower and the upper end.
+
+    Raises:
+        NSAError: fewer than two texts, or unequal numbers of them.
+    """
+    if len(first) != len(second) or len(first) < 2:
+        raise NSAError(f"an interval needs the same two or more texts from both, got {len(first)} and {len(second)}")
+    differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
+    draws = np.random.default_rng(seed).integers(len(differences), size=(resamples, len(differences)))
+    low, high = np.quantile(differences[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def mean_loss(buckets: Sequence[PositionBucket]) -> float:
@@ -188,22 +221,30 @@ def format_position_table(series: Mapping[str, Sequence[PositionBucket]], differ
         difference: heading of a last column, second label minus first; None leaves it out.
     """
     columns = list(series.values())
-    header = ["position", *series, *([difference] if difference else []), "tokens"]
-    rows = [
-        [
-            bucket_label(columns[0][i]),
-            *(f"{buckets[i].loss:.4f}" for buckets in columns),
-            *([_signed(columns[1][i].loss - columns[0][i].loss)] if difference else []),
-            f"{columns[0][i].count:,}",
-        ]
-        for i in range(len(columns[0]))
+    # Texts measured one by one under both labels: the difference gets an interval.
+    paired = bool(difference) and all(len(bucket.by_text) > 1 for buckets in columns[:2] for bucket in buckets)
+    header = [
+        "position",
+        *series,
+        *([difference] if difference else []),
+        *(["95 % interval"] if paired else []),
+        "tokens",
     ]
+    rows = []
+    for i in range(len(columns[0])):
+        row = [bucket_label(columns[0][i]), *(f"{buckets[i].loss:.4f}" for buckets in columns)]
+        if difference:
+            row.append(_signed(columns[1][i].loss - columns[0][i].loss))
+        if paired:
+            row.append(" … ".join(map(_signed, paired_interval(columns[0][i].by_text, columns[1][i].by_text))))
+        rows.append([*row, f"{columns[0][i].count:,}"])
     means = [mean_loss(buckets) for buckets in columns]
     rows.append(
         [
             "all",
             *(f"{mean:.4f}" for mean in means),
             *([_signed(means[1] - means[0])] if difference else []),
+            *([""] if paired else []),
             f"{sum(bucket.count for bucket in columns[0]):,}",
         ]
     )
@@ -264,6 +305,9 @@ class EvaluationReport:
         if self.against_positions is not None:
             report["against_loss"] = mean_loss(self.against_positions)
             report["against_positions"] = positions_as_dicts(self.against_positions)
+            if self.slices > 1:
+                pairs = zip(self.against_positions, self.positions)
+                report["difference_95"] = [paired_interval(dense.by_text, own.by_text) for dense, own in pairs]
         return report
 
     def table(self) -> str:
