@@ -12,7 +12,6 @@ Every operation has the signature and meaning of its namesake in `reference.py`,
 """
 
 import functools
-import importlib
 import inspect
 from collections.abc import Callable
 
@@ -39,14 +38,14 @@ __all__ = [
 
 BACKENDS = ("auto", "triton", "reference")
 
-# operation -> module that holds its Triton implementation
-_TRITON_MODULES = {
-    "compressed_attention": "compressed",
-    "nsa_attention": "attention",
-    "select_blocks": "selection",
-    "selected_attention": "selected",
-    "window_attention": "window",
-}
+# the operations that have a Triton implementation
+_TRITON_OPERATIONS = (
+    "compressed_attention",
+    "nsa_attention",
+    "select_blocks",
+    "selected_attention",
+    "window_attention",
+)
 
 
 def resolve_backend(
@@ -105,7 +104,7 @@ def _public(name: str, check: Callable) -> Callable:
         if not torch.compiler.is_compiling():
             check(**signature.bind(*args, **kwargs).arguments)
         implementation = specification
-        if name in _TRITON_MODULES:
+        if name in _TRITON_OPERATIONS:
             choice = {name: kwargs[name] for name in ("q_offset", "return_weights") if name in kwargs}
             if resolve_backend(backend, args[0] if args else kwargs["q"], **choice) == "triton":
                 implementation = _triton(name)
@@ -121,7 +120,14 @@ def _public(name: str, check: Callable) -> Callable:
 @functools.cache
 def _triton(name):
     # imported on first use: importing this package never imports triton
-    return getattr(importlib.import_module(f".{_TRITON_MODULES[name]}", __package__), name)
+    from .attention import nsa_attention
+    from .compressed import compressed_attention
+    from .selected import selected_attention
+    from .selection import select_blocks
+    from .window import window_attention
+
+    operations = (compressed_attention, nsa_attention, select_blocks, selected_attention, window_attention)
+    return {operation.__name__: operation for operation in operations}[name]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
