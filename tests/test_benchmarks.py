@@ -1,0 +1,117 @@
+# Copyright 2026 The NSA for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks without a GPU: command lines, drawn inputs, tables and pictures."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import nsa_kernels as nsa
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels" / "benchmarks"))
+
+import benchmark_attention
+import common
+
+FOLDER = Path(common.__file__).parent
+SCRIPTS = ("benchmark_attention.py",)
+MACHINE = {"dtype": "bfloat16", "gpu": "made up", "torch": "2", "triton": "3", "commit": "abc", "date": "2026-01-01"}
+
+
+def run(script, *arguments):
+    # one process asks for the help and then runs without a GPU: importing torch is most of the time
+    code = f"""
+import runpy, sys
+sys.path.insert(0, {str(FOLDER)!r})
+for arguments in (["--help"], {list(arguments)}):
+    sys.argv = [{script!r}, *arguments]
+    try:
+        runpy.run_path({str(FOLDER / script)!r}, run_name="__main__")
+    except SystemExit as stop:
+        print("exit", repr(stop.code))
+"""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_and_refusal_without_a_gpu(script, tmp_path):
+    result = run(script, "--output", str(tmp_path / "out.csv"))
+    *shown, after_help, without_gpu = result.stdout.splitlines()
+    assert shown[0].startswith(f"usage: {script}")
+    assert after_help == "exit 0"
+    assert without_gpu == "exit 'This benchmark needs a CUDA device, and torch finds none.'"
+    assert not list(tmp_path.iterdir())
+
+
+def sampled_unions(T, HQ, H, kind="local", windows=96):
+    """`common.unions` of the reference's choice for 16 queries each at places all over the text."""
+    q, _, _, k_cmp, *_ = (x.detach() for x in common.make_inputs(kind, T, HQ, H, 128, torch.float32, device="cpu"))
+    chosen = []
+    for start in torch.linspace(1024, T - 16, windows).long().div(16, rounding_mode="floor").mul(16).tolist():
+        blocks = nsa.num_compressed_blocks(start + 16, *common.COMPRESSION.values())
+        where = {**common.COMPRESSION, "q_offset": start, "backend": "reference"}
+        some = q[:, start : start + 16], k_cmp[:, :blocks]
+        _, lse = nsa.compressed_attention(*some, some[1], **where)
+        sizes = {name: common.SIZES[name] for name in ("select_block_size", "num_selected_blocks")}
+        chosen.append(nsa.select_blocks(*some, lse, num_blocks=-(-(start + 16) // 64), **sizes, **where)[0])
+    return common.unions(torch.cat(chosen))
+
+
+@pytest.mark.parametrize("T, groups", [(4096, 16), (16384, 4), (65536, 2)])
+def test_local_inputs_share_blocks_like_a_model_at_every_length(T, groups):
+    got = sampled_unions(T, groups, 1)
+    for width, wanted in zip((2, 4, 8, 16), (18.0, 20.2, 22.6, 25.3)):
+        assert got[f"union_{width}"] == pytest.approx(wanted, rel=0.06), got
+
+
+def test_random_inputs_share_few_blocks():
+    assert sampled_unions(4096, 4, 1, kind="random", windows=16)["union_8"] > 35
+
+
+def test_unions_are_counted():
+    indices = torch.arange(3).expand(32, 1, 3).clone()
+    indices[1, 0, 2] = 7
+    assert common.unions(indices) == {"union_2": 3 + 1 / 16, "union_4": 3.125, "union_8": 3.25, "union_16": 3.5}
+    indices[:16, 0, 2] = -1  # queries that see fewer blocks are left out
+    assert common.unions(indices)["union_16"] == 3
+
+
+def test_results_are_on_disk_after_every_row(tmp_path):
+    results = common.Results(tmp_path / "new" / "out.csv", MACHINE)
+    for row in ({"tokens": 1, "ms": 0.5}, {"tokens": 2, "note": "out of memory"}):
+        results.add(**row)
+        with results.path.open(newline="") as file:
+            assert len(list(csv.DictReader(file))) == len(results.rows)
+        assert [path.name for path in results.path.parent.iterdir()] == ["out.csv"]
+    assert common.numbers(results.rows, "ms") == [(1, 0.5)]
+    with results.path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[1] == {"tokens": "2", "ms": "", "note": "out of memory", **MACHINE}
+
+
+def assert_png(path):
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size > 5000
+
+
+def test_attention_pictures(tmp_path):
+    rows = []
+    for name, kind, slope in (("nsa", "local", 1.0), ("nsa", "random", 1.3), ("sdpa-flash", "local", 2.0)):
+        for shape in ("HQ64-H4-D128", "HQ32-H8-D128"):
+            for tokens in (4096, 16384):
+                for direction in ("forward", "backward"):
+                    row = {"implementation": name, "shape": shape, "input": kind, "tokens": tokens, "pass": direction}
+                    rows.append(row | {"median_ms": (tokens / 4096) ** slope} | MACHINE)
+    pictures = benchmark_attention.plot(rows, tmp_path / "attention.csv")
+    names = ["attention_HQ64-H4-D128.png", "attention_HQ32-H8-D128.png", "attention_speedup.png"]
+    assert [path.name for path in pictures] == names
+    for path in pictures:
+        assert_png(path)
+    only = [row for row in rows if row["implementation"] == "nsa"]
+    assert len(benchmark_attention.plot(only, tmp_path / "nsa.csv")) == 2
