@@ -9,11 +9,10 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    configuration_utils,
 )
 
 from .cache_nsa import NSADynamicLayer, NSAStaticLayer
-from .configuration_nsa import NSA_LAYER_TYPE, NSAConfig
+from .configuration_nsa import NSAConfig
 from .modeling_nsa import (
     NSACausalLMOutputWithPast,
     NSAForCausalLM,
@@ -38,10 +37,6 @@ __all__ = [
     "NSAPreTrainedModel",
     "NSAStaticLayer",
 ]
-
-# configs read through the base class (Trainer resuming a checkpoint) know only the library's own layer types
-if NSA_LAYER_TYPE not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
-    configuration_utils.ALLOWED_ATTN_LAYER_TYPES += (NSA_LAYER_TYPE,)
 
 AutoConfig.register(NSAConfig.model_type, NSAConfig, exist_ok=True)
 AutoModel.register(NSAConfig, NSAModel, exist_ok=True)

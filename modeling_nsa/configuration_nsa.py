@@ -2,18 +2,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of the Native Sparse Attention decoder."""
 
+import os
+from pathlib import Path
+
 from huggingface_hub.dataclasses import strict
+from transformers import configuration_utils
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from nsa_kernels.interface import BACKENDS
 from nsa_kernels.validation import check_sizes
 
+from .hub_nsa import AUTO_MAP, write_remote_code
+
 __all__ = ["COMPRESS_TYPES", "LAYER_TYPES", "NSAConfig"]
 
 NSA_LAYER_TYPE = "native_sparse_attention"
 LAYER_TYPES = (NSA_LAYER_TYPE, "full_attention", "sliding_attention")
 COMPRESS_TYPES = ("mean", "mlp", "residual_mlp")
+
+# configs read through the base class (Trainer resuming a checkpoint) know only the library's own layer types
+if NSA_LAYER_TYPE not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
+    configuration_utils.ALLOWED_ATTN_LAYER_TYPES += (NSA_LAYER_TYPE,)
 
 
 @strict
@@ -75,6 +85,9 @@ class NSAConfig(PreTrainedConfig):
         nsa_backend (`str`, defaults to `"auto"`):
             Implementation of the sparse layers: `"auto"`, `"triton"` or `"reference"`. `attn_implementation` governs
             the full and sliding layers.
+        save_remote_code (`bool`, defaults to `True`):
+            Let `save_pretrained` and `push_to_hub` put the model's code beside the weights, so that
+            `trust_remote_code=True` loads it where this package is not installed.
 
     Raises:
         ValueError: Names the field, what it must satisfy, and the value given.
@@ -134,6 +147,7 @@ class NSAConfig(PreTrainedConfig):
     gate_hidden_size: int | None = None
     gate_scale: bool = False
     nsa_backend: str = "auto"
+    save_remote_code: bool = True
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
@@ -160,6 +174,17 @@ class NSAConfig(PreTrainedConfig):
             "num_local_blocks": self.num_local_blocks,
             "window_size": self.window_size,
         }
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """As in transformers; the model's code goes into the directory too, unless `save_remote_code` is off."""
+        if self.save_remote_code and not os.path.isfile(save_directory):
+            write_remote_code(save_directory)
+            self.auto_map = dict(AUTO_MAP)
+        elif self._auto_class is None:  # a class that was loaded as remote code is always saved with it
+            self.__dict__.pop("auto_map", None)
+        super().save_pretrained(save_directory)
+        if push_to_hub:  # transformers uploads what is newer than the start of its own `save_pretrained`
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
         """Only modules that this configuration has: unmatched entries are an error."""

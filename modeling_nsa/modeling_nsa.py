@@ -2,10 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Native Sparse Attention decoder (arXiv 2502.11089) as transformers models."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import AutoModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -19,9 +21,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from nsa_kernels.availability import triton_error
 
 from .attention_nsa import NSAAttention, NSACompression, NSADenseAttention, NSAGateScale, init_nsa_parameters
 from .cache_nsa import prepare_cache
@@ -38,6 +42,8 @@ __all__ = [
     "NSAModelOutputWithPast",
     "NSAPreTrainedModel",
 ]
+
+logger = logging.get_logger(__name__)
 
 _MASK_FUNCTIONS = {
     "full_attention": create_causal_mask,
@@ -143,6 +149,12 @@ class NSAPreTrainedModel(PreTrainedModel):
         "gates": OutputRecorder(NSAAttention, index=3),
     }
 
+    def __init__(self, config: NSAConfig, *args, **kwargs):
+        # the heads make their backbone through AutoModel, which need not know this copy of the code
+        AutoModel.register(type(config), NSAModel, exist_ok=True)
+        super().__init__(config, *args, **kwargs)
+        self.add_model_tags("native-sparse-attention")
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -184,6 +196,9 @@ class NSAModel(NSAPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
+        if self.config.nsa_backend == "auto" and not torch.compiler.is_compiling():
+            _warn_of_slow_path(inputs_embeds.device)
+
         # packed sequences are not cached: which row would a next token continue?
         packed = kwargs.get("cu_seq_lens_q") is not None or (
             past_key_values is None and attention_mask is None and restarts(position_ids) is not None
@@ -223,6 +238,13 @@ class NSAModel(NSAPreTrainedModel):
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else None,
         )
+
+
+@functools.cache
+def _warn_of_slow_path(device):
+    """Say once why an accelerator runs the reference; on a CPU nothing else is expected."""
+    if device.type != "cpu" and (reason := triton_error(device)) is not None:
+        logger.warning(f"Native sparse attention runs its slow PyTorch reference, not its kernels: {reason}")
 
 
 def _dense_masks(config, inputs_embeds, attention_mask, position_ids, past_key_values):

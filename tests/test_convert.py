@@ -330,6 +330,14 @@ def test_a_pickle_that_runs_code_is_refused_even_when_asked_for(tmp_path, editab
     assert not (tmp_path / "harm-done").exists()
 
 
+def test_the_code_of_the_model_lies_beside_it_or_is_left_out(tmp_path, editable):
+    run(editable, tmp_path / "with")
+    assert {path.name for path in (tmp_path / "with").glob("*.py")} == set(modeling_nsa.hub_nsa.remote_code())
+    run(editable, tmp_path / "without", remote_code=False)
+    assert not list((tmp_path / "without").glob("*.py"))
+    assert "auto_map" not in json.loads((tmp_path / "without" / "config.json").read_text())
+
+
 @pytest.mark.parametrize("where", ["config.json", "tokenizer_config.json", "modeling_llama2.py"])
 def test_remote_code_is_refused_unless_asked_for(tmp_path, editable, where):
     if where.endswith(".json"):
@@ -341,8 +349,8 @@ def test_remote_code_is_refused_unless_asked_for(tmp_path, editable, where):
     if where == "tokenizer_config.json":
         return  # trusting a tokenizer's code would run it
     run(editable, tmp_path / "nsa", trust_remote_code=True)
-    assert "auto_map" not in json.loads((tmp_path / "nsa" / "config.json").read_text())
-    assert not list((tmp_path / "nsa").glob("*.py"))
+    assert json.loads((tmp_path / "nsa" / "config.json").read_text())["auto_map"] == modeling_nsa.hub_nsa.AUTO_MAP
+    assert {path.name for path in (tmp_path / "nsa").glob("*.py")} == set(modeling_nsa.hub_nsa.remote_code())
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,7 @@ def convert(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     max_shard_size: int | str = "2GB",
+    remote_code: bool = True,
     progress: bool = True,
     **nsa_settings,
 ) -> ConversionReport:
@@ -265,6 +266,7 @@ def convert(
         allow_pickle (bool): read `pytorch_model.bin` (with `weights_only=True`) where there are no safetensors.
         trust_remote_code (bool): accept a source that brings its own Python code.
         max_shard_size (int | str): largest weight file, in bytes or like `"2GB"`; also bounds the memory used.
+        remote_code (bool): put the model's code beside the weights, for `trust_remote_code=True` elsewhere.
         progress (bool): show a progress bar on stderr.
         **nsa_settings: `NSAConfig` fields: the keys of `NSA_SETTINGS`.
 
@@ -302,6 +304,7 @@ def convert(
         if (free := shutil.disk_usage(partial).free) < writer.total_bytes:
             raise OSError(errno.ENOSPC, f"{free / 1e9:.2f} GB are free")
         prepared.config.architectures = ["NSAForCausalLM"]
+        prepared.config.save_remote_code = remote_code
         prepared.config.save_pretrained(partial)
         tokenizer = _carry_over(prepared.source, partial)
         writer.write(partial, progress)
@@ -564,6 +567,7 @@ def _parser():
     add("--revision", help="branch, tag or commit of a hub id")
     add("--allow-pickle", action="store_true", help="read pytorch_model.bin (weights_only) if there is nothing else")
     add("--trust-remote-code", action="store_true", help="accept a source that brings its own Python code")
+    add("--no-remote-code", action="store_true", help="leave out the model's code, which trust_remote_code=True needs")
     add("--dry-run", action="store_true", help="print the plan (parameters, KV cache, FLOPs) and stop")
     add("--json", action="store_true", help="print the plan or report as JSON")
     add("--verify", action="store_true", help="load both models, compare logits and loss by position")
@@ -635,6 +639,7 @@ def main(argv: list[str]) -> int:
             args.dest,
             seed=args.seed,
             max_shard_size=args.max_shard_size,
+            remote_code=not args.no_remote_code,
             progress=not args.no_progress,
             **settings,
         )
