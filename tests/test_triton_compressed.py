@@ -188,19 +188,6 @@ def test_strides(order):
             torch.testing.assert_close(x.grad, y.grad, atol=0, rtol=0)
 
 
-def test_gate_of_the_backward_pass():
-    q, k, v = inputs = make(1, 100, 4, 2, 32, 32, torch.float32)
-    gate = torch.rand(1, 100, 4, device=DEVICE) - 0.3
-    do = torch.randn(1, 100, 4, 32, device=DEVICE)
-    o, lse = compressed.compressed_attention(*inputs, **SIZES)
-    expected = torch.autograd.grad((o * gate[..., None] * do).sum(), inputs)
-    delta = gate * (o * do).sum(-1)
-    layout = compressed.Layout(q)
-    actual = compressed.compressed_backward(q, k, v, do, lse, delta, layout, *SIZES.values(), 32**-0.5, gate)
-    for x, y in zip(actual, expected, strict=True):
-        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.gpu
 def test_two_runs_give_the_same_bits():
     inputs = make(1, 3000, 16, 2, 128, 128, torch.bfloat16)

@@ -165,19 +165,21 @@ def test_same_bits_twice(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
-def test_gate():
+def test_gate_and_gradient_of_other_branches():
     q, k, v = make_qkv(40, 40, 1, 4, 16, 16)
     indices = choose((1, 40, 1, 3), 3)
     gate = torch.rand(1, 40, 4, device=DEVICE, requires_grad=True)
     o, _ = reference.selected_attention(q, k, v, indices, select_block_size=16)
     do = torch.randn_like(o)
-    want = torch.autograd.grad(o * gate[..., None], (q, k, v, gate), do)
+    want = torch.autograd.grad(o * gate[..., None], (q, k, v), do)
     layout = Layout(q)
-    o, lse, union = selected.selected_forward(q.detach(), k.detach(), v.detach(), indices, layout, 16, 0.25)
-    got = selected.selected_backward(
-        do, q.detach(), k.detach(), v.detach(), indices, o, lse, union, layout, 16, 0.25, gate=gate.detach()
-    )
-    for a, b in zip(got, want):
+    q, k, v, gate = (x.detach() for x in (q, k, v, gate))
+    o, lse, union = selected.selected_forward(q, k, v, indices, layout, 16, 0.25)
+    arguments = (do, q, k, v, indices, lse, gate * (o * do).sum(-1), union, layout, 16, 0.25)
+    got = selected.selected_backward(*arguments, gate=gate)
+    other = torch.randn_like(q)
+    total, *_ = selected.selected_backward(*arguments, gate=gate, dq=other.clone())
+    for a, b in zip((*got, total), (*want, want[0] + other)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -210,7 +212,7 @@ q, k, v = (torch.empty(1, 4096, h, d, dtype=torch.bfloat16) for h, d in
            (({heads * groups}, {dim}), ({heads}, {dim}), ({heads}, {v_dim})))
 indices = torch.empty(1, 4096, {heads}, 16, dtype=torch.int32)
 o, lse, union = selected_forward(q, k, v, indices, Layout(q), 64, 0.1)
-selected_backward(o, q, k, v, indices, o, lse, union, Layout(q), 64, 0.1, gate=lse)
+selected_backward(o, q, k, v, indices, lse, lse, union, Layout(q), 64, 0.1)
 """)
     assert {"_forward_kernel", "_dq_kernel", "_dkdv_kernel"} <= {launch["kernel"] for launch in launches}
     for launch in launches:

@@ -192,7 +192,7 @@ def test_compiles_for_sm90_without_spills():
         config = selection._score_config(D, torch.bfloat16)
         options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
         constants = {
-            **shared, **config, **selection._fold_sizes(32, 16, 64), "G": 4, "D": D, "SIZE": 32, "STRIDE": 16,
+            **shared, **config, **selection.fold_sizes(32, 16, 64), "G": 4, "D": D, "SIZE": 32, "STRIDE": 16,
             "cu_k_ptr": None, "PRECISION": "tf32", "stride_lt": 1,
         }  # fmt: skip
         constants["D1"], constants["D2"] = triton_common.split_head_dim(D)

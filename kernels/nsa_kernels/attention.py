@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole of native sparse attention in Triton: three branches and their gates under one autograd function.
 
-The backward kernels take the gradient of the gated sum and the gate itself (`gate · do` is never formed); the gates'
-gradients come from the same row sums that softmax gradients need.
+The window branch comes last and writes the gated sum in its epilogue. Backward, one pass over the outputs yields the
+gates' gradients and the row sums that softmax gradients need; then each branch adds its part of dq to the one before.
 """
 
 import torch
@@ -13,7 +13,7 @@ import triton.language as tl
 from .compressed import check_inputs, compressed_backward, compressed_forward
 from .selected import selected_backward, selected_forward
 from .selection import select_blocks
-from .triton_common import Layout, row_delta
+from .triton_common import Layout, cdiv, empty_values, load_pair, next_power_of_2, store_pair
 from .window import window_backward, window_forward
 
 __all__ = ["nsa_attention"]
@@ -83,8 +83,8 @@ class _NSAAttention(torch.autograd.Function):
         block_indices = select_blocks(q, k_cmp, lse_cmp, scale=scale, **compression, **sizes)
         select_block_size = sizes["select_block_size"]
         o_slc, lse_slc, union = selected_forward(q, k, v, block_indices, layout, select_block_size, scale)
-        o_win, lse_win = window_forward(q, k_win, v_win, layout, window_size, scale)
-        o = _gated_sum(o_cmp, o_slc, o_win, g_cmp, g_slc, g_win)
+        branches = (o_cmp, o_slc, g_cmp, g_slc, g_win)
+        o_win, lse_win, o = window_forward(q, k_win, v_win, layout, window_size, scale, branches)
         ctx.save_for_backward(
             q, k, v, k_cmp, v_cmp, k_win, v_win, g_cmp, g_slc, g_win,
             o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, block_indices, *union,
@@ -100,60 +100,121 @@ class _NSAAttention(torch.autograd.Function):
         o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, block_indices, *union = rest
         layout, scale = ctx.layout, ctx.scale
 
-        rows = [layout.rows(x) for x in (o_cmp, do, g_cmp[..., None])]
-        delta, dg_cmp = row_delta(*rows[:2], None, rows[2].squeeze(-1), by_head=True)
-        if layout.packed:
-            delta, dg_cmp = delta[0], dg_cmp[0]
+        gates = (g_cmp, g_slc, g_win)
+        do_cmp, deltas, (gate_slc, gate_win), dgates = _prepare(do, (o_cmp, o_slc, o_win), gates, layout)
         dq, dk_cmp, dv_cmp = compressed_backward(
-            q, k_cmp, v_cmp, do, lse_cmp, delta, layout, *ctx.compression_sizes, scale, gate=g_cmp
+            q, k_cmp, v_cmp, do_cmp, lse_cmp, deltas[0], layout, *ctx.compression_sizes, scale
         )
-        dq_slc, dk, dv, dg_slc = selected_backward(
-            do, q, k, v, block_indices, o_slc, lse_slc, union, layout, ctx.select_block_size, scale, gate=g_slc
-        )
-        dq_win, dk_win, dv_win, dg_win = window_backward(
-            do, q, k_win, v_win, o_win, lse_win, layout, ctx.window_size, scale, gate=g_win
-        )
-        dq = dq + dq_slc + dq_win
-        gates = (dg_cmp.to(g_cmp.dtype), dg_slc.to(g_slc.dtype), dg_win.to(g_win.dtype))
-        return dq, dk, dv, dk_cmp, dv_cmp, dk_win, dv_win, *gates, None, None, None, None, None
-
-
-def _gated_sum(o_cmp, o_slc, o_win, g_cmp, g_slc, g_win):
-    """`reference.gated_sum` of contiguous outputs `[B, T, HQ, DV]` in one pass over memory."""
-    o, DV = torch.empty_like(o_slc), o_slc.shape[-1]
-    rows, tile = o[..., 0].numel(), 16
-    if o.numel():
-        _gated_sum_kernel[(triton.cdiv(rows, tile),)](
-            o_cmp, o_slc, o_win, g_cmp.contiguous(), g_slc.contiguous(), g_win.contiguous(), o, rows, DV,
-            TILE=tile, BLOCK=triton.next_power_of_2(DV), num_warps=4,
+        del do_cmp  # as large as q
+        dq, dk, dv = selected_backward(
+            do, q, k, v, block_indices, lse_slc, deltas[1], union, layout, ctx.select_block_size, scale,
+            gate=gate_slc, dq=dq,
         )  # fmt: skip
-    return o
+        dq, dk_win, dv_win = window_backward(
+            do, q, k_win, v_win, lse_win, deltas[2], layout, ctx.window_size, scale, gate=gate_win, dq=dq
+        )
+        return dq, dk, dv, dk_cmp, dv_cmp, dk_win, dv_win, *dgates, None, None, None, None, None
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _gated_sum_kernel(
+def _prepare(do, outputs, gates, layout):
+    """One pass over the outputs of the branches, before their backward passes.
+
+    Args:
+        do: `[B, T, HQ, DV]`, gradient of the gated sum.
+        outputs: Contiguous o_cmp, o_slc, o_win; gates: g_cmp, g_slc, g_win.
+
+    Returns:
+        do_cmp: g_cmp · do, for the one kernel that has no registers left for a gate.
+        deltas: fp32 `[B, T, HQ]` for each branch, gate · Σ o · do.
+        gates_fp32: g_slc and g_win as the kernels read them.
+        dgates: Σ o · do in the dtypes of the gates.
+    """
+    shape, device = gates[0].shape, do.device
+    do_cmp = torch.empty_like(outputs[0])
+    by_head = (True, False, True)
+    deltas = [empty_values(shape, device, by_head=side) for side in by_head]
+    gates_fp32 = [empty_values(shape, device, by_head=side) for side in by_head[1:]]
+    dgates = [torch.empty_like(g, memory_format=torch.contiguous_format) for g in gates]
+    do = layout.rows(do)
+    B, T, HQ, DV = do.shape
+    tile = 16
+    if do.numel():
+        _prepare_kernel[(cdiv(T * HQ, tile), B)](
+            do, *outputs, *gates, do_cmp, *deltas, *gates_fp32, *dgates, *do.stride()[:3],
+            *(stride for g in gates for stride in layout.rows(g[..., None]).stride()[:3]),
+            T, HQ, DV, TILE=tile, BLOCK=next_power_of_2(DV), num_warps=4,
+        )  # fmt: skip
+    return do_cmp, deltas, gates_fp32, dgates
+
+
+@triton.jit(do_not_specialize=["T"])
+def _prepare_kernel(
+    do_ptr,
     o_cmp_ptr,
     o_slc_ptr,
     o_win_ptr,
     g_cmp_ptr,
     g_slc_ptr,
     g_win_ptr,
-    o_ptr,
-    rows,
-    DV,
+    do_cmp_ptr,
+    delta_cmp_ptr,
+    delta_slc_ptr,
+    delta_win_ptr,
+    gate_slc_ptr,
+    gate_win_ptr,
+    dg_cmp_ptr,
+    dg_slc_ptr,
+    dg_win_ptr,
+    stride_dob,
+    stride_dot,
+    stride_doh,
+    stride_gcb,
+    stride_gct,
+    stride_gch,
+    stride_gsb,
+    stride_gst,
+    stride_gsh,
+    stride_gwb,
+    stride_gwt,
+    stride_gwh,
+    T,
+    HQ,
+    DV: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (rows / TILE); a row is one head of one token."""
+    """See `_prepare`. Outputs are contiguous; `delta_cmp`, `delta_win` and `gate_win` lie by head.
+
+    Grid: (cdiv(T * HQ, TILE), B)
+    """
+    i_b = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    column = tl.arange(0, BLOCK)
-    mask_row = row < rows
-    mask = mask_row[:, None] & (column < DV)[None, :]
-    offs = row[:, None] * DV + column[None, :]
-    g_cmp = tl.load(g_cmp_ptr + row, mask=mask_row, other=0.0).to(tl.float32)
-    g_slc = tl.load(g_slc_ptr + row, mask=mask_row, other=0.0).to(tl.float32)
-    g_win = tl.load(g_win_ptr + row, mask=mask_row, other=0.0).to(tl.float32)
-    b_o = g_cmp[:, None] * tl.load(o_cmp_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    b_o += g_slc[:, None] * tl.load(o_slc_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    b_o += g_win[:, None] * tl.load(o_win_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(o_ptr + offs, b_o.to(o_ptr.dtype.element_ty), mask=mask)
+    t, h = row // HQ, row % HQ
+    mask = t < T
+    by_token = i_b * T * HQ + row
+    by_head = (i_b * HQ + h) * T + t
+    do, _ = load_pair(do_ptr + i_b * stride_dob + t * stride_dot + h * stride_doh, mask, DV, BLOCK, 0, True)
+    do = do.to(tl.float32)
+    g_cmp = tl.load(g_cmp_ptr + i_b * stride_gcb + t * stride_gct + h * stride_gch, mask=mask, other=0.0)
+    g_slc = tl.load(g_slc_ptr + i_b * stride_gsb + t * stride_gst + h * stride_gsh, mask=mask, other=0.0)
+    g_win = tl.load(g_win_ptr + i_b * stride_gwb + t * stride_gwt + h * stride_gwh, mask=mask, other=0.0)
+    g_cmp, g_slc, g_win = g_cmp.to(tl.float32), g_slc.to(tl.float32), g_win.to(tl.float32)
+
+    store_pair(do_cmp_ptr + by_token * DV, do * g_cmp[:, None], do, mask, DV, BLOCK, 0)
+    dg_cmp = _dot_rows(o_cmp_ptr + by_token * DV, do, mask, DV, BLOCK)
+    dg_slc = _dot_rows(o_slc_ptr + by_token * DV, do, mask, DV, BLOCK)
+    dg_win = _dot_rows(o_win_ptr + by_token * DV, do, mask, DV, BLOCK)
+    tl.store(delta_cmp_ptr + by_head, g_cmp * dg_cmp, mask=mask)
+    tl.store(delta_slc_ptr + by_token, g_slc * dg_slc, mask=mask)
+    tl.store(delta_win_ptr + by_head, g_win * dg_win, mask=mask)
+    tl.store(gate_slc_ptr + by_token, g_slc, mask=mask)
+    tl.store(gate_win_ptr + by_head, g_win, mask=mask)
+    tl.store(dg_cmp_ptr + by_token, dg_cmp.to(dg_cmp_ptr.dtype.element_ty), mask=mask)
+    tl.store(dg_slc_ptr + by_token, dg_slc.to(dg_slc_ptr.dtype.element_ty), mask=mask)
+    tl.store(dg_win_ptr + by_token, dg_win.to(dg_win_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _dot_rows(o_ptrs, do, mask, DV: tl.constexpr, BLOCK: tl.constexpr):
+    o, _ = load_pair(o_ptrs, mask, DV, BLOCK, 0, True)
+    return tl.sum(o.to(tl.float32) * do, 1)

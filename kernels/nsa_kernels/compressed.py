@@ -17,6 +17,7 @@ from .triton_common import (
     NEGATIVE,
     Layout,
     add_product,
+    cdiv,
     describe,
     dot_pair,
     empty_pair,
@@ -110,10 +111,7 @@ class _CompressedAttention(torch.autograd.Function):
         if do is None and dlse is None:
             return (None,) * 7
         do = torch.zeros_like(o) if do is None else do
-        rows = [ctx.layout.rows(x) for x in (o, do)]
-        dlse = dlse[None] if ctx.layout.packed and dlse is not None else dlse
-        delta, _ = row_delta(*rows, dlse, by_head=True)
-        delta = delta[0] if ctx.layout.packed else delta
+        delta = row_delta(ctx.layout, o, do, dlse, by_head=True)
         return *compressed_backward(q, k_cmp, v_cmp, do, lse, delta, ctx.layout, *ctx.sizes), *(None,) * 4
 
 
@@ -147,22 +145,18 @@ def compressed_forward(q, k_cmp, v_cmp, layout, compress_block_size, compress_st
 
 
 def compressed_backward(
-    q, k_cmp, v_cmp, do, lse, delta, layout, compress_block_size, compress_stride, scale, gate=None
+    q, k_cmp, v_cmp, do, lse, delta, layout, compress_block_size, compress_stride, scale
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `compressed_attention`.
 
     Args:
-        do: `[B, T, HQ, DV]`, gradient of o_cmp; with `gate`, of gate · o_cmp.
+        do: `[B, T, HQ, DV]`, gradient of o_cmp.
         lse: `[B, T, HQ]`, of the forward pass.
-        delta: fp32 `[B, T, HQ]`, as of `row_delta`, with the gate; its values of a head best lie side by side.
-        gate: `[B, T, HQ]` or None.
+        delta: fp32 `[B, T, HQ]`, as of `row_delta`; its values of a head best lie side by side.
 
     Returns:
         dq, dk_cmp, dv_cmp in the shapes and dtypes of q, k_cmp, v_cmp.
     """
-    if gate is not None:
-        # inside the kernels a gate would take registers that the tiles of dk and dv need
-        do = torch.mul(do, gate[..., None], out=torch.empty_like(do, memory_format=torch.contiguous_format))
     HQ, D, DV, G = *q.shape[-2:], v_cmp.shape[-1], q.shape[-2] // k_cmp.shape[-2]
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     q, k, v, do, dq_rows = (layout.rows(x) for x in (q, k_cmp, v_cmp, do, dq))
@@ -198,7 +192,7 @@ def compressed_backward(
     elif k.numel():
         config, together = _block_config(D, DV, q.dtype)
         tile = config["BLOCK_N"]
-        tiles = C // tile + layout.N if layout.packed else triton.cdiv(C, tile)
+        tiles = C // tile + layout.N if layout.packed else cdiv(C, tile)
         map_ptr = tile_map(cu_k, tile, C) if layout.packed else None
         for want_dk, want_dv in ((True, True),) if together else ((True, False), (False, True)):
             _backward_kv_kernel[(HQ, tiles, B)](

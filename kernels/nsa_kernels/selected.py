@@ -20,12 +20,15 @@ from .triton_common import (
     Layout,
     add_dkdv,
     add_dq,
+    add_pair,
+    cdiv,
     describe,
     dot_pair,
     empty_pair,
     load_pair,
     load_tile,
     locate,
+    next_power_of_2,
     precision,
     row_delta,
     softmax_end,
@@ -85,10 +88,9 @@ class _SelectedAttention(torch.autograd.Function):
         q, k, v, block_indices, o, lse, *union = ctx.saved_tensors
         if do is None:
             do = torch.zeros_like(o)
-        dq, dk, dv, _ = selected_backward(
-            do, q, k, v, block_indices, o, lse, union, ctx.layout, ctx.select_block_size, ctx.scale, dlse=dlse
-        )
-        return dq, dk, dv, None, None, None, None
+        delta = row_delta(ctx.layout, o, do, dlse)
+        where = (ctx.layout, ctx.select_block_size, ctx.scale)
+        return *selected_backward(do, q, k, v, block_indices, lse, delta, union, *where), None, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,12 +105,12 @@ _ROWS = 64
 def _tiles(heads: int, num_selected: int) -> tuple[int, int]:
     """Queries TQ and heads GT of a query tile: at most `_ROWS` rows, and lists that stay cheap to sort."""
     heads = min(heads, _ROWS)
-    return max(1, min(_ROWS // heads, 64, 2048 // triton.next_power_of_2(num_selected))), heads
+    return max(1, min(_ROWS // heads, 64, 2048 // next_power_of_2(num_selected))), heads
 
 
 def _key_tile(select_block_size: int, most: int) -> int:
     """Keys of a tile: a block, or a part of one."""
-    return max(16, min(most, triton.next_power_of_2(select_block_size)))
+    return max(16, min(most, next_power_of_2(select_block_size)))
 
 
 def _shape_arguments(q, k, v, select_block_size):
@@ -143,13 +145,13 @@ def _union_lists(block_indices, keys, layout, select_block_size, tile):
     """
     B, _T, H, n = block_indices.shape
     tiles = layout.tiles(tile)
-    capacity = max(1, min(tile * n, triton.cdiv(keys, select_block_size)))
+    capacity = max(1, min(tile * n, cdiv(keys, select_block_size)))
     blocks = torch.empty(B, H, tiles, capacity, dtype=torch.int32, device=block_indices.device)
     words = torch.empty(
         B, H, tiles, capacity + 1, dtype=torch.int32 if tile <= 32 else torch.int64, device=block_indices.device
     )
     counts = torch.empty(B, H, tiles, dtype=torch.int32, device=block_indices.device)
-    rows, width = triton.next_power_of_2(tile), triton.next_power_of_2(n)
+    rows, width = next_power_of_2(tile), next_power_of_2(n)
     _union_kernel[(tiles, H, B)](
         block_indices, blocks, words, counts, layout.map(tile), *block_indices.stride()[:3], **layout.where(),
         TK=keys, n=n, capacity=capacity, TILE=tile, ROWS=rows, NP=width, L=select_block_size,
@@ -174,7 +176,7 @@ def selected_forward(q, k, v, block_indices, layout, select_block_size, scale):
     H, n = block_indices.shape[2:]
     tile, heads = _tiles(q.shape[2] // H, n)
     blocks, words, counts = union = _union_lists(block_indices, k.shape[1], layout, select_block_size, tile)
-    groups = triton.cdiv(q.shape[2] // H, heads)
+    groups = cdiv(q.shape[2] // H, heads)
     if q.numel():
         config = _forward_config(q, v, select_block_size)
         _forward_kernel[(layout.tiles(tile), H * groups, layout.B)](
@@ -216,35 +218,35 @@ def _dkdv_config(q, v, select_block_size):
 
 
 def selected_backward(
-    do, q, k, v, block_indices, o, lse, union, layout, select_block_size, scale, *, dlse=None, gate=None
+    do, q, k, v, block_indices, lse, delta, union, layout, select_block_size, scale, *, gate=None, dq=None
 ):
     """Backward pass.
 
     Args:
         do: Gradient of o, or with a gate of `gate · o`.
         q, k, v, block_indices, layout, select_block_size, scale: As given to `selected_forward`.
-        o, lse, union: What it returned.
-        dlse: Gradient of lse, or None.
+        lse, union: What it returned.
+        delta: fp32 `[B, T, HQ]`, of `row_delta`.
         gate: `[B, T, HQ]` or None.
+        dq: Contiguous gradient of q by other branches, to which this one is added in place, or None.
 
     Returns:
-        dq, dk, dv in the dtypes of q, k, v, and the gate's gradient in fp32, None without a gate.
+        dq, dk, dv in the dtypes of q, k, v.
     """
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    add = dq is not None
+    dq = dq if add else torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     if layout.leftpad is not None:  # no block holds the padding
         dk.zero_(), dv.zero_()
-    rows = (layout.rows(x) for x in (q, k, v, block_indices, o, do, dq, dk, dv))
-    q, k, v, block_indices, o, do, b_dq, b_dk, b_dv = rows
-    lse, dlse, gate = map(layout.row_values, (lse, dlse, gate))
-    delta, dgate = row_delta(o, do, dlse, gate)
+    q, k, v, block_indices, do, b_dq, b_dk, b_dv = map(layout.rows, (q, k, v, block_indices, do, dq, dk, dv))
+    lse, delta, gate = map(layout.row_values, (lse, delta, gate))
     if not q.numel():
-        return dq, dk.zero_(), dv.zero_(), dgate
-    _launch_dq(
-        q, k, v, do, lse, delta, gate, b_dq, union, block_indices.shape[-1], layout, select_block_size, scale
-    )  # fmt: skip
+        return dq, dk.zero_(), dv.zero_()
+    n = block_indices.shape[-1]
+    _launch_dq(q, k, v, do, lse, delta, gate, b_dq, add, union, n, layout, select_block_size, scale)
     H = k.shape[2]
     G = q.shape[2] // H
-    cells = layout.B * layout.tiles(_chunk(block_indices)) * triton.cdiv(k.shape[1], select_block_size)
+    cells = layout.B * layout.tiles(_chunk(block_indices)) * cdiv(k.shape[1], select_block_size)
     step = max(1, min(H, _MAX_CELLS // cells))
     for first in range(0, H, step):
         kv, heads = slice(first, first + step), slice(first * G, (first + step) * G)
@@ -253,29 +255,27 @@ def selected_backward(
             delta[:, :, heads], None if gate is None else gate[:, :, heads], b_dk[:, :, kv], b_dv[:, :, kv], layout,
             select_block_size, scale,
         )  # fmt: skip
-    if layout.packed and dgate is not None:
-        dgate = dgate[0]
-    return dq, dk, dv, dgate
+    return dq, dk, dv
 
 
-def _launch_dq(q, k, v, do, lse, delta, gate, dq, union, num_selected, layout, select_block_size, scale):
+def _launch_dq(q, k, v, do, lse, delta, gate, dq, add, union, num_selected, layout, select_block_size, scale):
     blocks, words, counts = union
     H = k.shape[2]
     tile, heads = _tiles(q.shape[2] // H, num_selected)
-    groups = triton.cdiv(q.shape[2] // H, heads)
+    groups = cdiv(q.shape[2] // H, heads)
     config = _dq_config(q, v, select_block_size)
     _dq_kernel[(layout.tiles(tile), H * groups, layout.B)](
         q, do, lse, delta, gate, dq, blocks, words, counts, layout.map(tile), *q.stride()[:3], *do.stride()[:3],
         *lse.stride()[:2], *dq.stride()[:3], **describe("k", k, config["BLOCK_N"]),
         **describe("v", v, config["BLOCK_N"]), **layout.where(), TK=k.shape[1], scale=scale, H=H,
         capacity=blocks.shape[-1], TILE=tile, GT=heads, GROUPS=groups, HAS_GATE=gate is not None,
-        **_shape_arguments(q, k, v, select_block_size), **config,
+        ADD=add, **_shape_arguments(q, k, v, select_block_size), **config,
     )  # fmt: skip
 
 
 def _chunk(block_indices):
     """Queries of a chunk when query lists are built: about a thousand entries, sorted at once."""
-    return max(1, min(64, 1024 // triton.next_power_of_2(block_indices.shape[-1])))
+    return max(1, min(64, 1024 // next_power_of_2(block_indices.shape[-1])))
 
 
 def _query_lists(block_indices, keys, layout, select_block_size):
@@ -289,14 +289,14 @@ def _query_lists(block_indices, keys, layout, select_block_size):
     B, T, H, n = block_indices.shape
     chunk = _chunk(block_indices)
     chunks = layout.tiles(chunk)
-    blocks = layout.tiles(select_block_size) if layout.packed else triton.cdiv(keys, select_block_size)
-    width = triton.next_power_of_2(n)
+    blocks = layout.tiles(select_block_size) if layout.packed else cdiv(keys, select_block_size)
+    width = next_power_of_2(n)
     device = block_indices.device
     entries = torch.empty(B, H, chunks, chunk * width, dtype=torch.int32, device=device)
     table = torch.zeros(B * H * blocks * chunks, dtype=torch.int32, device=device)
     queries = torch.empty(B * T * H * n, dtype=torch.int32, device=device)
     where, chunk_map = layout.where(), layout.map(chunk)
-    sizes = {"blocks": blocks, "CHUNK": chunk, "ROWS": triton.next_power_of_2(chunk), "NP": width}
+    sizes = {"blocks": blocks, "CHUNK": chunk, "ROWS": next_power_of_2(chunk), "NP": width}
     sizes["L"] = select_block_size
     warps = max(1, min(4, chunk * width // 128))
     _count_kernel[(chunks, H, B)](
@@ -313,10 +313,10 @@ def _query_lists(block_indices, keys, layout, select_block_size):
 def _launch_dkdv(q, k, v, block_indices, do, lse, delta, gate, dk, dv, layout, select_block_size, scale):
     B, T, H, n = block_indices.shape
     queries, bounds = _query_lists(block_indices, k.shape[1], layout, select_block_size)
-    split = max(_SPLIT, triton.next_power_of_2(T) // 32)
+    split = max(_SPLIT, next_power_of_2(T) // 32)
     parts = tile_map(bounds, split, T * n)  # [B · H, programs, 2]: block, first entry
     config = _dkdv_config(q, v, select_block_size)
-    subs = triton.cdiv(select_block_size, config["BLOCK_N"])
+    subs = cdiv(select_block_size, config["BLOCK_N"])
     # a list longer than `split` owns 2 · (length // split) slots or more
     slots = 2 * (T * n // split) if split < T else 0
     part_k = torch.empty(B * H, slots, select_block_size, k.shape[-1], dtype=torch.float32, device=k.device)
@@ -765,6 +765,7 @@ def _dq_kernel(
     GT: tl.constexpr,
     GROUPS: tl.constexpr,
     HAS_GATE: tl.constexpr,
+    ADD: tl.constexpr,
     G: tl.constexpr,
     L: tl.constexpr,
     D: tl.constexpr,
@@ -777,7 +778,7 @@ def _dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Gradient of a tile of queries.
+    """Gradient of a tile of queries, added to what is there if ADD.
 
     Grid: (tiles, H * GROUPS, B)
     """
@@ -836,7 +837,11 @@ def _dq_kernel(
     acc_1 *= scale
     if D2 > 0:
         acc_2 *= scale
-    store_pair(dq_ptr + i_b * stride_dqb + t * stride_dqt + i_head * stride_dqh, acc_1, acc_2, used, D, D1, D2)
+    dq_ptrs = dq_ptr + i_b * stride_dqb + t * stride_dqt + i_head * stride_dqh
+    if ADD:
+        add_pair(dq_ptrs, acc_1, acc_2, used, D, D1, D2)
+    else:
+        store_pair(dq_ptrs, acc_1, acc_2, used, D, D1, D2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

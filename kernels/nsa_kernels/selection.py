@@ -13,7 +13,19 @@ import triton
 import triton.language as tl
 
 from .compressed import check_inputs, cu_blocks, head_dims, locate_blocks, strides, visible_blocks
-from .triton_common import LOG2E, Layout, describe, dot_pair, interpreted, load_pair, load_tile, locate, precision
+from .triton_common import (
+    LOG2E,
+    Layout,
+    cdiv,
+    describe,
+    dot_pair,
+    interpreted,
+    load_pair,
+    load_tile,
+    locate,
+    next_power_of_2,
+    precision,
+)
 
 __all__ = ["select_blocks"]
 
@@ -72,13 +84,13 @@ def select_blocks(
 
     config = _score_config(q.shape[-1], q.dtype)
     rows = 32 if interpreted() else 1  # one row a warp is fastest on a GPU, many at once in the interpreter
-    fold = _fold_sizes(compress_block_size, compress_stride, select_block_size)
+    fold = fold_sizes(compress_block_size, compress_stride, select_block_size)
     tile = config["BLOCK_M"]
     row_tiles = layout.tiles(tile)
     tiles = layout.B * row_tiles
     heads = max(1, min(H, _MAX_SCORES // (tile * S)))
     chunk = max(1, min(tiles, _MAX_SCORES // (tile * S * heads)))
-    padded = 16 * triton.cdiv(S, 16)  # rows start where 16-byte loads can
+    padded = 16 * cdiv(S, 16)  # rows start where 16-byte loads can
     scores = torch.empty(chunk * tile, heads, padded, dtype=torch.float32, device=q.device)
     cu_k = cu_blocks(layout, compress_block_size, compress_stride)
     where = {"map_ptr": layout.map(tile), **layout.where(), "row_tiles": row_tiles, "S": S}
@@ -96,7 +108,7 @@ def select_blocks(
             last = _last_block(layout, first, size, row_tiles, tile, select_block_size, S)
             where |= {"first_tile": first, "first_head": first_head}
             if free and last >= num_selected_blocks:
-                _score_kernel[(triton.cdiv(last + 1, fold["OUT"]), size, count)](
+                _score_kernel[(cdiv(last + 1, fold["OUT"]), size, count)](
                     k, lse, scores, *strides(k, lse), *scores.stride()[:2], **described,
                     cu_k_ptr=cu_k, C=k.shape[1], scale=scale, G=q.shape[2] // H, **where, **head_dims(q, "D"),
                     SIZE=compress_block_size, STRIDE=compress_stride, PRECISION=precision(q.dtype),
@@ -105,7 +117,7 @@ def select_blocks(
             width = next((x for x in (128, 256, 512, _MAX_WIDTH) if last < x), _MAX_WIDTH)
             _topn_kernel[(tile // rows, size, count)](
                 scores, out, *scores.stride()[:2], *out.stride()[:3], **where, **forced, TILE=tile, ROWS=rows,
-                WIDTH=width, HELD=last < width, WIDTH_OUT=triton.next_power_of_2(num_selected_blocks), num_warps=1,
+                WIDTH=width, HELD=last < width, WIDTH_OUT=next_power_of_2(num_selected_blocks), num_warps=1,
             )  # fmt: skip
     return out[0] if layout.packed else out
 
@@ -113,10 +125,10 @@ def select_blocks(
 def _num_blocks(layout, num_blocks, select_block_size):
     """Number of selectable blocks, or an upper bound if packed."""
     if layout.packed:
-        return triton.cdiv(layout.T, select_block_size)
+        return cdiv(layout.T, select_block_size)
     if num_blocks is None:
         raise ValueError("`num_blocks` is required for sequences that are not packed, got None.")
-    needed = triton.cdiv(layout.q_offset + layout.T, select_block_size)
+    needed = cdiv(layout.q_offset + layout.T, select_block_size)
     if num_blocks < needed:
         raise ValueError(f"`num_blocks` must cover the queries' own blocks, at least {needed}, got {num_blocks}.")
     return num_blocks
@@ -130,8 +142,8 @@ def _last_block(layout, first, size, row_tiles, tile, select_block_size, S):
     return min(S - 1, (layout.q_offset + stop - 1) // select_block_size)
 
 
-def _fold_sizes(compress_block_size, compress_stride, select_block_size):
-    """How a tile of compressed blocks becomes a row of importances.
+def fold_sizes(compress_block_size, compress_stride, select_block_size, narrowest=128):
+    """How a tile of at least `narrowest` compressed blocks becomes a row of importances.
 
     Returns:
         RATIO: Compressed blocks that start in a selectable block. COLUMNS: its next power of two.
@@ -139,10 +151,10 @@ def _fold_sizes(compress_block_size, compress_stride, select_block_size):
         BLOCK_N: Compressed blocks of a tile. OUT: Importances of a tile, without the halo.
     """
     ratio = select_block_size // compress_stride
-    columns = triton.next_power_of_2(ratio)
-    halo = triton.cdiv(compress_block_size // compress_stride - 1, ratio)
-    for block in (128, 256):
-        if block // columns > halo:
+    columns = next_power_of_2(ratio)
+    halo = cdiv(compress_block_size // compress_stride - 1, ratio)
+    for block in (16, 32, 64, 128, 256):
+        if block >= narrowest and block // columns > halo:
             out = block // columns - halo
             return {"RATIO": ratio, "COLUMNS": columns, "HALO": halo, "BLOCK_N": block, "OUT": out}
     raise NotImplementedError(
@@ -153,7 +165,7 @@ def _fold_sizes(compress_block_size, compress_stride, select_block_size):
 
 
 def _score_config(D, dtype):
-    """Tiles of the kernel that computes importances; BLOCK_N comes from `_fold_sizes`."""
+    """Tiles of the kernel that computes importances; BLOCK_N comes from `fold_sizes`."""
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "num_warps": 8, "num_stages": 1}
     return {"BLOCK_M": 64, "num_warps": 4 if D <= 128 else 8, "num_stages": 2}
@@ -216,15 +228,23 @@ def _score_kernel(
     n_visible = visible_blocks(pos0 + start + offs_m, blocks, SIZE, STRIDE)
     p = tl.where(mask_key[None, :] & (offs_key[None, :] < n_visible[:, None]), p, 0.0)
 
-    imp = _fold(p, 0, RATIO, COLUMNS, SIZE // STRIDE)
+    imp = fold_tile(p, RATIO, COLUMNS, HALO, SIZE // STRIDE)
     offs_j = tl.arange(0, BLOCK_N // COLUMNS)
-    for shift in tl.static_range(1, HALO + 1):
-        before = _fold(p, shift, RATIO, COLUMNS, SIZE // STRIDE)
-        index = tl.broadcast_to(tl.maximum(offs_j - shift, 0)[None, :], before.shape)
-        imp += tl.gather(before, index, 1)
     offs_imp = (tl.program_id(1) * BLOCK_M + offs_m).to(tl.int64) * stride_it + tl.program_id(2) * stride_ih
     mask_j = (offs_j >= HALO) & (offs_j < HALO + OUT) & (j0 + offs_j < S)
     tl.store(imp_ptr + offs_imp[:, None] + (j0 + offs_j)[None, :], imp, mask=mask_m[:, None] & mask_j[None, :])
+
+
+@triton.jit
+def fold_tile(p, RATIO: tl.constexpr, COLUMNS: tl.constexpr, HALO: tl.constexpr, OVERLAP: tl.constexpr):
+    """Importances of the selectable blocks of a tile of probabilities; of the first HALO only a part."""
+    imp = _fold(p, 0, RATIO, COLUMNS, OVERLAP)
+    offs_j = tl.arange(0, p.shape[1] // COLUMNS)
+    for shift in tl.static_range(1, HALO + 1):
+        before = _fold(p, shift, RATIO, COLUMNS, OVERLAP)
+        index = tl.broadcast_to(tl.maximum(offs_j - shift, 0)[None, :], before.shape)
+        imp += tl.gather(before, index, 1)
+    return imp
 
 
 @triton.jit
@@ -273,9 +293,28 @@ def _topn_kernel(
     offs_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask_r = start + offs_r < rows
     position = pos0 + start + offs_r
+    out_ptrs = out_ptr + i_b * stride_ob + (row0 + start + offs_r) * stride_ot + i_head * stride_oh
+    offs_imp = (tl.program_id(1) * TILE + offs_r).to(tl.int64) * stride_it + tl.program_id(2) * stride_ih
+    choose_blocks(
+        imp_ptr + offs_imp, out_ptrs, position, mask_r, BLOCKS, N, INITIAL, LOCAL, ROWS, WIDTH, HELD, WIDTH_OUT
+    )
+
+
+@triton.jit
+def choose_blocks(
+    imp_ptrs, out_ptrs, position, mask_r, BLOCKS: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HELD: tl.constexpr, WIDTH_OUT: tl.constexpr,
+):  # fmt: skip
+    """Store the block indices of ROWS queries: the forced blocks, and the most important ones between them.
+
+    Args:
+        imp_ptrs: `[ROWS]`, rows of importances, read where a query sees at least N blocks.
+        out_ptrs: `[ROWS]`, rows of N block indices.
+        position, mask_r: `[ROWS]`, positions of the queries, and which of them exist.
+        WIDTH: Importances looked at together; HELD: all that count are among the first WIDTH.
+    """
     own = tl.where(position >= 0, position // BLOCKS, -1)
     searched = mask_r & (own >= N)
-    out_ptrs = out_ptr + i_b * stride_ob + (row0 + start + offs_r) * stride_ot + i_head * stride_oh
 
     offs_n = tl.arange(0, WIDTH_OUT)[None, :]
     few = tl.where(offs_n <= own[:, None], offs_n, -1)
@@ -286,8 +325,6 @@ def _topn_kernel(
 
     if N > INITIAL + LOCAL:
         wanted: tl.constexpr = N - INITIAL - LOCAL
-        offs_imp = (tl.program_id(1) * TILE + offs_r).to(tl.int64) * stride_it + tl.program_id(2) * stride_ih
-        imp_ptrs = imp_ptr + offs_imp
         stop = tl.where(searched, own - LOCAL + 1, 0)
         end = tl.max(stop)
         if end > 0:

@@ -11,6 +11,7 @@ A head dim is held by one or two power-of-two tiles (`split_head_dim`); a pair o
 the first as a stand-in that is never read.
 """
 
+import functools
 import os
 
 import torch
@@ -23,15 +24,19 @@ __all__ = [
     "Layout",
     "add_dkdv",
     "add_dq",
-    "describe",
-    "interpreted",
+    "add_pair",
     "add_product",
+    "cdiv",
+    "describe",
     "dot_pair",
     "empty_pair",
+    "empty_values",
+    "interpreted",
     "load_pair",
     "load_rows",
     "load_tile",
     "locate",
+    "next_power_of_2",
     "precision",
     "row_delta",
     "softmax_end",
@@ -54,14 +59,25 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; many times faster on the host than Triton's own, and launches are many."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two >= n, for n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+@functools.cache
 def split_head_dim(size: int) -> tuple[int, int]:
     """Tile sizes (first, second) that hold a head dim: powers of two >= 16, the second 0 where one suffices.
 
     192 is held by 128 + 64, 80 by 64 + 16; 112 by 128, masked.
     """
-    whole = max(16, triton.next_power_of_2(size))
+    whole = max(16, next_power_of_2(size))
     half = whole // 2
-    rest = max(16, triton.next_power_of_2(size - half)) if size > half >= 16 else whole
+    rest = max(16, next_power_of_2(size - half)) if size > half >= 16 else whole
     return (half, rest) if half + rest < whole else (whole, 0)
 
 
@@ -121,7 +137,7 @@ class Layout:
 
     def tiles(self, tile: int) -> int:
         """Number of tiles of `tile` queries in every row, an upper bound if packed."""
-        return self.T // tile + self.N if self.packed else triton.cdiv(self.T, tile)
+        return self.T // tile + self.N if self.packed else cdiv(self.T, tile)
 
     def map(self, tile: int) -> torch.Tensor | None:
         """`tile_map` of the queries, None unless packed."""
@@ -183,7 +199,7 @@ def tile_map(cu_seqlens: torch.Tensor, tile: int, total: int) -> torch.Tensor:
     tiles = total // tile + sequences
     out = torch.empty(rows, tiles, 2, dtype=torch.int32, device=cu.device)
     block = 128
-    _tile_map_kernel[(triton.cdiv(tiles, block), rows)](
+    _tile_map_kernel[(cdiv(tiles, block), rows)](
         cu, out, *cu.stride(), sequences, tiles, sequences.bit_length(), TILE=tile, BLOCK=block, num_warps=4
     )
     return out if cu_seqlens.dim() == 2 else out[0]
@@ -321,6 +337,16 @@ def store_pair(row_ptrs, x_1, x_2, mask_rows, D: tl.constexpr, D1: tl.constexpr,
     if D2 > 0:
         offs_2 = D1 + tl.arange(0, D2)
         store_rows(row_ptrs[:, None] + offs_2[None, :], x_2, mask_rows, offs_2, D, D1 + D2)
+
+
+@triton.jit
+def add_pair(row_ptrs, x_1, x_2, mask_rows, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """Add tiles to rows of D elements that another kernel has written; the counterpart of `store_pair`."""
+    old_1, old_2 = load_pair(row_ptrs, mask_rows, D, D1, D2, True)
+    x_1 += old_1.to(tl.float32)
+    if D2 > 0:
+        x_2 += old_2.to(tl.float32)
+    store_pair(row_ptrs, x_1, x_2, mask_rows, D, D1, D2)
 
 
 @triton.jit
@@ -482,38 +508,34 @@ def add_dkdv(
     return dk_1, dk_2, dv_1, dv_2
 
 
-def row_delta(
-    o: torch.Tensor,
-    do: torch.Tensor,
-    dlse: torch.Tensor | None,
-    gate: torch.Tensor | None = None,
-    *,
-    by_head: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the gradient of a softmax row subtracts: `delta = gate · Σ o · do - dlse`.
+def row_delta(layout, o, do, dlse, *, by_head: bool = False) -> torch.Tensor:
+    """What the gradient of a softmax row subtracts: `delta = Σ o · do - dlse`, fp32 `[B, T, HQ]` (packed `[T, HQ]`).
 
     Args:
-        o, do: `[B, T, HQ, DV]` with a contiguous last dim.
-        dlse: `[B, T, HQ]` or None.
-        gate: `[B, T, HQ]` or None: `do` is the gradient of `gate · o` then.
+        layout: Describes o.
+        o, do: `[B, T, HQ, DV]` (packed `[T, HQ, DV]`).
+        dlse: `[B, T, HQ]` (packed `[T, HQ]`) or None.
         by_head: Whether the values of a head shall lie side by side, instead of those of a token.
-
-    Returns:
-        delta, fp32 `[B, T, HQ]`, and with a gate its gradient `Σ o · do`, fp32 `[B, T, HQ]`.
     """
+    delta = empty_values(o.shape[:-1], o.device, by_head=by_head)
+    o, do, e = map(layout.rows, (o, do, delta[..., None]))
+    dlse = layout.row_values(dlse)
     B, T, HQ, DV = o.shape
-    if by_head:
-        delta = torch.empty(B, HQ, T, dtype=torch.float32, device=o.device).transpose(1, 2)
-    else:
-        delta = torch.empty(B, T, HQ, dtype=torch.float32, device=o.device)
-    dgate = None if gate is None else torch.empty_like(delta)
-    tile, block = 32, triton.next_power_of_2(DV)
-    _row_delta_kernel[(triton.cdiv(T * HQ, tile), B)](
-        o, do, dlse, gate, delta, dgate, *o.stride()[:3], *do.stride()[:3], *delta.stride(),
-        *(dlse.stride() if dlse is not None else (0, 0, 0)), *(gate.stride() if gate is not None else (0, 0, 0)),
-        T, HQ, DV, TILE=tile, BLOCK=block, HAS_DLSE=dlse is not None, HAS_GATE=gate is not None, num_warps=4,
+    tile, block = 32, next_power_of_2(DV)
+    _row_delta_kernel[(cdiv(T * HQ, tile), B)](
+        o, do, dlse, e, *o.stride()[:3], *do.stride()[:3], *e.stride()[:3],
+        *(dlse.stride() if dlse is not None else (0, 0, 0)),
+        T, HQ, DV, TILE=tile, BLOCK=block, HAS_DLSE=dlse is not None, num_warps=4,
     )  # fmt: skip
-    return delta, dgate
+    return delta
+
+
+def empty_values(shape, device, *, by_head: bool) -> torch.Tensor:
+    """Room for one fp32 value per query head, `[..., T, HQ]`; `by_head`: those of a head lie side by side."""
+    if not by_head:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+    *batch, T, HQ = shape
+    return torch.empty(*batch, HQ, T, dtype=torch.float32, device=device).transpose(-1, -2)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -521,9 +543,7 @@ def _row_delta_kernel(
     o_ptr,
     do_ptr,
     dlse_ptr,
-    gate_ptr,
     delta_ptr,
-    dgate_ptr,
     stride_ob,
     stride_ot,
     stride_oh,
@@ -536,16 +556,12 @@ def _row_delta_kernel(
     stride_lb,
     stride_lt,
     stride_lh,
-    stride_gb,
-    stride_gt,
-    stride_gh,
     T,
     HQ,
     DV: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_DLSE: tl.constexpr,
-    HAS_GATE: tl.constexpr,
 ):
     """Grid: (cdiv(T * HQ, TILE), B)"""
     i_b = tl.program_id(1).to(tl.int64)
@@ -554,12 +570,7 @@ def _row_delta_kernel(
     mask = t < T
     b_o, _ = load_pair(o_ptr + i_b * stride_ob + t * stride_ot + h * stride_oh, mask, DV, BLOCK, 0, True)
     b_do, _ = load_pair(do_ptr + i_b * stride_dob + t * stride_dot + h * stride_doh, mask, DV, BLOCK, 0, True)
-    dot = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
-    delta = dot
-    out = i_b * stride_eb + t * stride_et + h * stride_eh
-    if HAS_GATE:
-        tl.store(dgate_ptr + out, dot, mask=mask)
-        delta = dot * tl.load(gate_ptr + i_b * stride_gb + t * stride_gt + h * stride_gh, mask=mask, other=0.0)
+    delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + i_b * stride_lb + t * stride_lt + h * stride_lh, mask=mask, other=0.0)
-    tl.store(delta_ptr + out, delta, mask=mask)
+    tl.store(delta_ptr + i_b * stride_eb + t * stride_et + h * stride_eh, delta, mask=mask)

@@ -7,6 +7,8 @@ Every loop takes the tiles at both ends of the band first, with a mask, and then
 Symbols: see `reference.py`; W is w, GT the heads of a group in one tile.
 """
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -17,9 +19,12 @@ from .triton_common import (
     Layout,
     add_dkdv,
     add_dq,
+    add_pair,
+    cdiv,
     describe,
     dot_pair,
     empty_pair,
+    empty_values,
     load_pair,
     load_tile,
     locate,
@@ -52,7 +57,7 @@ def window_attention(
 class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, layout, window_size, scale):
-        o, lse = window_forward(q, k, v, layout, window_size, scale)
+        o, lse, _ = window_forward(q, k, v, layout, window_size, scale)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.layout, ctx.window_size, ctx.scale = layout, window_size, scale
         ctx.set_materialize_grads(False)
@@ -63,8 +68,9 @@ class _WindowAttention(torch.autograd.Function):
         q, k, v, o, lse = ctx.saved_tensors
         if do is None:
             do = torch.zeros_like(o)
-        dq, dk, dv, _ = window_backward(do, q, k, v, o, lse, ctx.layout, ctx.window_size, ctx.scale, dlse=dlse)
-        return dq, dk, dv, None, None, None
+        delta = row_delta(ctx.layout, o, do, dlse, by_head=True)
+        where = (ctx.layout, ctx.window_size, ctx.scale)
+        return *window_backward(do, q, k, v, lse, delta, *where), None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,25 +101,37 @@ def _arguments(q, k, v, layout, window_size, scale):
 def _tiles(heads: int, rows: int) -> dict[str, int]:
     """Queries TILE and heads GT of a query tile of `rows` rows, and tiles GROUPS that hold all heads."""
     in_tile = min(heads, rows)
-    return {"TILE": rows // in_tile, "GT": in_tile, "GROUPS": triton.cdiv(heads, in_tile)}
+    return {"TILE": rows // in_tile, "GT": in_tile, "GROUPS": cdiv(heads, in_tile)}
 
 
-def window_forward(q, k, v, layout, window_size, scale):
-    """Forward pass: o and lse; `layout` describes q, k, v, and `scale` is positive."""
+def window_forward(q, k, v, layout, window_size, scale, branches=None):
+    """Forward pass, and the gated sum in its epilogue.
+
+    Args:
+        layout: Describes q, k, v.
+        scale: Positive.
+        branches: Contiguous o_cmp and o_slc, and g_cmp, g_slc, g_win; None: no sum.
+
+    Returns:
+        o_win, lse, and `reference.gated_sum`, None without `branches`.
+    """
     o = q.new_empty(*q.shape[:-1], v.shape[-1])
-    # the values of a head side by side, as the backward pass reads them
-    lse = torch.empty(*q.shape[:-3], *q.shape[-2:-4:-1], dtype=torch.float32, device=q.device).transpose(-1, -2)
+    total = None if branches is None else torch.empty_like(o)
+    lse = empty_values(q.shape[:-1], q.device, by_head=True)  # as the backward pass reads them
     if not q.numel():
-        return o, lse
+        return o, lse, total
     q, k, v, b_o, b_lse = map(layout.rows, (q, k, v, o, lse[..., None]))
+    o_cmp, o_slc, *gates = branches or (None,) * 5
+    gate_rows = [layout.rows(g[..., None]).stride()[:3] if branches else (0, 0, 0) for g in gates]
     config = _forward_config(q, v)
     tiles = _tiles(q.shape[2] // k.shape[2], config["BLOCK_M"])
     _forward_kernel[(layout.tiles(tiles["TILE"]), k.shape[2] * tiles["GROUPS"], layout.B)](
-        q, b_o, b_lse, layout.map(tiles["TILE"]), *q.stride()[:3], *b_o.stride()[:3], *b_lse.stride()[:3],
+        q, b_o, b_lse, o_cmp, o_slc, total, *gates, layout.map(tiles["TILE"]),
+        *q.stride()[:3], *b_o.stride()[:3], *b_lse.stride()[:3], *itertools.chain(*gate_rows),
         **describe("k", k, config["BLOCK_N"]), **describe("v", v, config["BLOCK_N"]),
-        **_arguments(q, k, v, layout, window_size, scale), **tiles, **config,
+        **_arguments(q, k, v, layout, window_size, scale), SUM=total is not None, **tiles, **config,
     )  # fmt: skip
-    return o, lse
+    return o, lse, total
 
 
 def _forward_config(q, v):
@@ -143,25 +161,27 @@ def _dkdv_config(q, v):
     return {"BLOCK_M": 32, "BLOCK_N": keys, **config}
 
 
-def window_backward(do, q, k, v, o, lse, layout, window_size, scale, *, dlse=None, gate=None):
+def window_backward(do, q, k, v, lse, delta, layout, window_size, scale, *, gate=None, dq=None):
     """Backward pass.
 
     Args:
         do: Gradient of o, or with a gate of `gate · o`.
         q, k, v, layout, window_size, scale: As given to `window_forward`.
-        o, lse: What it returned.
-        dlse: Gradient of lse, or None.
+        lse: What it returned.
+        delta: fp32 `[B, T, HQ]`, of `row_delta`, best by head.
         gate: `[B, T, HQ]` or None.
+        dq: Contiguous gradient of q by other branches, to which this one is added in place, or None.
 
     Returns:
-        dq, dk, dv in the dtypes of q, k, v, and the gate's gradient in fp32, None without a gate.
+        dq, dk, dv in the dtypes of q, k, v.
     """
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    q, k, v, o, do, b_dq, b_dk, b_dv = map(layout.rows, (q, k, v, o, do, dq, dk, dv))
-    lse, dlse, gate = map(layout.head_values, (lse, dlse, gate))
+    add = dq is not None
+    dq = dq if add else torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+    q, k, v, do, b_dq, b_dk, b_dv = map(layout.rows, (q, k, v, do, dq, dk, dv))
+    lse, delta, gate = map(layout.head_values, (lse, delta, gate))
     if not q.numel() or not k.numel():
-        return dq.zero_(), dk.zero_(), dv.zero_(), None if gate is None else torch.zeros_like(lse)
-    delta, dgate = row_delta(o, do, dlse, gate, by_head=True)
+        return dq if add else dq.zero_(), dk.zero_(), dv.zero_()
     arguments = _arguments(q, k, v, layout, window_size, scale)
     H = k.shape[2]
 
@@ -170,20 +190,18 @@ def window_backward(do, q, k, v, o, lse, layout, window_size, scale, *, dlse=Non
     _dq_kernel[(layout.tiles(tiles["TILE"]), H * tiles["GROUPS"], layout.B)](
         q, do, lse, delta, gate, b_dq, layout.map(tiles["TILE"]), *q.stride()[:3], *do.stride()[:3], *lse.stride(),
         *b_dq.stride()[:3], **describe("k", k, config["BLOCK_N"]), **describe("v", v, config["BLOCK_N"]), **arguments,
-        HAS_GATE=gate is not None, **tiles, **config,
+        HAS_GATE=gate is not None, ADD=add, **tiles, **config,
     )  # fmt: skip
 
     config = _dkdv_config(q, v)
     keys = config["BLOCK_N"]
-    tiles = layout.tiles(keys) if layout.packed else triton.cdiv(k.shape[1], keys)
+    tiles = layout.tiles(keys) if layout.packed else cdiv(k.shape[1], keys)
     _dkdv_kernel[(tiles, H, layout.B)](
         k, v, lse, delta, gate, b_dk, b_dv, layout.map(keys), *k.stride()[:3], *v.stride()[:3], *lse.stride(),
         *b_dk.stride()[:3], *b_dv.stride()[:3], **describe("q", q, config["BLOCK_M"]),
         **describe("do", do, config["BLOCK_M"]), **arguments, HAS_GATE=gate is not None, **config,
     )  # fmt: skip
-    if layout.packed and dgate is not None:
-        dgate = dgate[0]
-    return dq, dk, dv, dgate
+    return dq, dk, dv
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,6 +295,12 @@ def _forward_kernel(
     q_ptr,
     o_ptr,
     lse_ptr,
+    o_cmp_ptr,
+    o_slc_ptr,
+    sum_ptr,
+    g_cmp_ptr,
+    g_slc_ptr,
+    g_win_ptr,
     map_ptr,
     stride_qb,
     stride_qt,
@@ -287,6 +311,15 @@ def _forward_kernel(
     stride_lb,
     stride_lt,
     stride_lh,
+    stride_gcb,
+    stride_gct,
+    stride_gch,
+    stride_gsb,
+    stride_gst,
+    stride_gsh,
+    stride_gwb,
+    stride_gwt,
+    stride_gwh,
     k_desc,
     k_desc2,
     k_batch,
@@ -319,8 +352,9 @@ def _forward_kernel(
     GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SUM: tl.constexpr,
 ):
-    """Attention of a tile of queries to its band.
+    """Attention of a tile of queries to its band; if SUM also the gated sum of all branches, laid out like o.
 
     Grid: (tiles, H * GROUPS, B)
     """
@@ -357,8 +391,29 @@ def _forward_kernel(
         s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
         m, z, acc_1, acc_2 = softmax_step(s, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION)
     acc_1, acc_2, lse = softmax_end(m, z, acc_1, acc_2, scale_log2, DV2)
-    store_pair(o_ptr + i_b * stride_ob + t * stride_ot + i_head * stride_oh, acc_1, acc_2, used, DV, DV1, DV2)
+    offs_o = i_b * stride_ob + t * stride_ot + i_head * stride_oh
+    store_pair(o_ptr + offs_o, acc_1, acc_2, used, DV, DV1, DV2)
     tl.store(lse_ptr + i_b * stride_lb + t * stride_lt + i_head * stride_lh, lse, mask=used)
+    if SUM:
+        g_win = tl.load(g_win_ptr + i_b * stride_gwb + t * stride_gwt + i_head * stride_gwh, mask=used, other=0.0)
+        g_slc = tl.load(g_slc_ptr + i_b * stride_gsb + t * stride_gst + i_head * stride_gsh, mask=used, other=0.0)
+        g_cmp = tl.load(g_cmp_ptr + i_b * stride_gcb + t * stride_gct + i_head * stride_gch, mask=used, other=0.0)
+        acc_1 *= g_win.to(tl.float32)[:, None]
+        if DV2 > 0:
+            acc_2 *= g_win.to(tl.float32)[:, None]
+        acc_1, acc_2 = _add_gated(acc_1, acc_2, o_slc_ptr + offs_o, g_slc, used, DV, DV1, DV2)
+        acc_1, acc_2 = _add_gated(acc_1, acc_2, o_cmp_ptr + offs_o, g_cmp, used, DV, DV1, DV2)
+        store_pair(sum_ptr + offs_o, acc_1, acc_2, used, DV, DV1, DV2)
+
+
+@triton.jit
+def _add_gated(acc_1, acc_2, row_ptrs, gate, used, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr):
+    """Add `gate · o` of another branch."""
+    o_1, o_2 = load_pair(row_ptrs, used, DV, DV1, DV2, True)
+    acc_1 += gate.to(tl.float32)[:, None] * o_1.to(tl.float32)
+    if DV2 > 0:
+        acc_2 += gate.to(tl.float32)[:, None] * o_2.to(tl.float32)
+    return acc_1, acc_2
 
 
 @triton.jit(do_not_specialize=["T", "TW", "W", "q_offset", "k_batch", "k_head", "v_batch", "v_head"])
@@ -402,6 +457,7 @@ def _dq_kernel(
     W,
     scale,
     HAS_GATE: tl.constexpr,
+    ADD: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     D1: tl.constexpr,
@@ -416,7 +472,7 @@ def _dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Gradient of a tile of queries.
+    """Gradient of a tile of queries, added to what is there if ADD.
 
     Grid: (tiles, H * GROUPS, B)
     """
@@ -466,7 +522,11 @@ def _dq_kernel(
     acc_1 *= scale
     if D2 > 0:
         acc_2 *= scale
-    store_pair(dq_ptr + i_b * stride_dqb + t * stride_dqt + i_head * stride_dqh, acc_1, acc_2, used, D, D1, D2)
+    dq_ptrs = dq_ptr + i_b * stride_dqb + t * stride_dqt + i_head * stride_dqh
+    if ADD:
+        add_pair(dq_ptrs, acc_1, acc_2, used, D, D1, D2)
+    else:
+        store_pair(dq_ptrs, acc_1, acc_2, used, D, D1, D2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
