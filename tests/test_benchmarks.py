@@ -12,14 +12,16 @@ import pytest
 import torch
 
 import nsa_kernels as nsa
+from nsa_kernels import reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels" / "benchmarks"))
 
 import benchmark_attention
+import benchmark_parts
 import common
 
 FOLDER = Path(common.__file__).parent
-SCRIPTS = ("benchmark_attention.py",)
+SCRIPTS = ("benchmark_attention.py", "benchmark_parts.py")
 MACHINE = {"dtype": "bfloat16", "gpu": "made up", "torch": "2", "triton": "3", "commit": "abc", "date": "2026-01-01"}
 
 
@@ -115,3 +117,92 @@ def test_attention_pictures(tmp_path):
         assert_png(path)
     only = [row for row in rows if row["implementation"] == "nsa"]
     assert len(benchmark_attention.plot(only, tmp_path / "nsa.csv")) == 2
+
+
+def made_up_trace():
+    """Three repetitions of both passes; in the second, which is of median length, the kernels take 1, 2, 4, … µs."""
+    events, correlation = [], 0
+
+    def event(category, name, start, length, **args):
+        events.append({"ph": "X", "cat": category, "name": name, "ts": start, "dur": length, "args": args})
+
+    names = {
+        "forward": ("compressed_forward:_forward_kernel", "select_blocks:_score_kernel", ":other kernel"),
+        "backward": ("compressed_backward:_backward_q_kernel", "compressed_backward:reduce"),
+    }
+    for repetition, factor in enumerate((50, 1, 0.5)):
+        for i, direction in enumerate(names):
+            host, device = 10_000 * repetition + 1000 * i, 10_000 * repetition + 1000 * i + 500
+            event("user_annotation", f"nsa {direction}", host, 900)
+            event("gpu_user_annotation", f"nsa {direction}", device, 400)
+            for j, (launcher, name) in enumerate(x.split(":") for x in names[direction]):
+                correlation += 1
+                if launcher:
+                    event("user_annotation", launcher, host + 10 * j + 1, 8)
+                event("cuda_driver", "cuLaunchKernelEx", host + 10 * j + 2, 3, correlation=correlation)
+                event("kernel", name, device + 10 * j, factor * 2**j, correlation=correlation)
+        event("kernel", "between the passes", 10_000 * repetition + 5000, 7, correlation=-1)
+    return {"traceEvents": [*events, {"ph": "M", "name": "process_name"}]}
+
+
+def test_kernels_and_gaps_of_a_profile_add_up_to_the_pass():
+    kernels = benchmark_parts.read_kernels(made_up_trace())
+    span, parts = benchmark_parts.split_pass(kernels, "forward")
+    assert span == pytest.approx(0.024)
+    assert parts == pytest.approx({"compressed": 0.001, "scores": 0.002, "other": 0.004, "gaps": 0.017})
+    span, parts = benchmark_parts.split_pass(kernels, "backward")
+    assert parts == pytest.approx({"compressed dq": 0.001, "compressed dk, dv": 0.002, "gaps": 0.009})
+    assert sum(parts.values()) == pytest.approx(span)
+    with pytest.raises(SystemExit, match="saw no kernel of the other pass"):
+        benchmark_parts.split_pass(kernels, "other")
+
+
+def test_kernels_without_a_recorded_launch_are_placed_by_the_device_ranges():
+    trace = made_up_trace()
+    trace["traceEvents"] = [event for event in trace["traceEvents"] if event.get("cat") != "cuda_driver"]
+    _, parts = benchmark_parts.split_pass(benchmark_parts.read_kernels(trace), "forward")
+    assert parts["other"] == pytest.approx(0.007)
+
+
+def test_floors_count_what_is_visible():
+    T = 1500
+    q, k = torch.zeros(1, T, 1, 1), torch.zeros(1, nsa.num_compressed_blocks(T, 32, 16), 1, 1)
+    chosen = nsa.select_blocks(
+        q, k, torch.zeros(1, T, 1), num_blocks=24, **common.COMPRESSION, select_block_size=64, num_selected_blocks=16
+    )
+    masks = {
+        "compressed": reference._complete_blocks(q, k.shape[1], 0, T, 32, 16, None, 0),
+        "selected": reference._chosen_tokens(q, T, 0, T, chosen, 64, None, 0),
+        "window, gated sum": reference._window_tokens(q, q, 0, T, 0, T, 512, None, 0),
+    }
+    floors = benchmark_parts.floors(T, 6, 2, 32)
+    for part, mask in masks.items():
+        assert floors["forward", part][0] == 4 * 6 * 32 * mask.sum().item()
+    assert floors["backward", "selected dk, dv"][0] == 2 * floors["forward", "selected"][0]
+
+
+def test_launchers_are_labelled(monkeypatch, capsys):
+    from nsa_kernels import attention
+
+    for name in {launcher for launcher, _, _ in benchmark_parts.PARTS}:
+        monkeypatch.setattr(attention, name, lambda *args: args)
+    benchmark_parts.label_launchers()
+    assert attention.window_forward(1, 2) == (1, 2)
+    assert capsys.readouterr().out == ""
+    monkeypatch.delattr(attention, "select_blocks")
+    benchmark_parts.label_launchers()
+    assert capsys.readouterr().out.startswith("nsa_kernels.attention has no select_blocks")
+
+
+def test_parts_table_and_picture(tmp_path, capsys):
+    results = common.Results(tmp_path / "parts.csv", MACHINE)
+    about = {"shape": "HQ64-H4-D128", "input": "local", "tokens": 4096}
+    kernels = benchmark_parts.read_kernels(made_up_trace())
+    benchmark_parts.add_rows(results, about, 4096, (64, 4, 128), kernels, (8e11, 4e9))
+    rows = {(row["pass"], row["part"]): row for row in results.rows}
+    compressed = rows["forward", "compressed"]
+    assert compressed["floor_ms"] == pytest.approx(max(compressed["tflop"] / 0.8, compressed["gbyte"] / 4), rel=0.01)
+    assert compressed["fraction"] == pytest.approx(compressed["floor_ms"] / compressed["median_ms"], rel=0.01)
+    assert rows["forward", "whole"]["floor_ms"] > compressed["floor_ms"]
+    assert "compressed dk, dv" in capsys.readouterr().out
+    assert_png(benchmark_parts.plot(results.rows, results.path))
