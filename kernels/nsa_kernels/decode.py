@@ -1,0 +1,464 @@
+# Copyright 2026 The NSA for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding in Triton: `reference.nsa_attention` for up to 16 new queries a row over a long past; forward only.
+
+Four launches. The first splits the past: every split attends to a share of the compressed blocks, and notes what each
+of them adds to the importance of the selectable blocks; further splits do the window, which does not wait for the
+selection. The second joins the statistics of the splits into importances and takes the top n. The third attends to the
+chosen blocks, the fourth joins all splits and adds up the gated branches.
+
+Nothing is read back by the host: grids and workspaces follow from the capacity of the cache, programs divide what is
+there at run time, and those without a share return at once. So a CUDA graph can hold all of it.
+
+Bytes that must be read of the compressed keys and values, the n blocks and the window bound the speed from below:
+`B · H · (C + n · l' + w) · (D + DV)` elements, at H = 4, D = 128, 65,536 tokens, batch 16 and the paper's sizes 184 MB.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from .compressed import check_inputs, head_dims, strides, visible_blocks
+from .selection import choose_blocks, fold_sizes, fold_tile
+from .triton_common import (
+    LOG2E,
+    NEGATIVE,
+    add_product,
+    cdiv,
+    dot_pair,
+    empty_pair,
+    interpreted,
+    load_pair,
+    next_power_of_2,
+    precision,
+    softmax_step,
+    store_pair,
+)
+from .window import _query_rows, _tiles
+
+__all__ = ["MAX_QUERIES", "nsa_attention"]
+
+MAX_QUERIES = 16
+# Programs of a launch for each multiprocessor.
+_WAVES = 2
+# Splits of one branch: the kernels that join them hold their statistics at once.
+_MAX_SPLITS = 128
+# Widest row of importances that the top-n holds in registers; longer rows are read again and again.
+_MAX_WIDTH = 4096
+# Importances joined at once, over the heads of a group.
+_JOINED = 4096
+# Arguments that change with the number of tokens: a kernel is not compiled anew for each kind of value.
+_VARYING = ["q_offset", "T", "C", "TW", "S", "tiles", "splits", "all_splits"]
+
+
+@torch.no_grad()
+def nsa_attention(
+    q,
+    k,
+    v,
+    k_cmp,
+    v_cmp,
+    k_win,
+    v_win,
+    g_cmp,
+    g_slc,
+    g_win,
+    *,
+    compress_block_size,
+    compress_stride,
+    select_block_size,
+    num_selected_blocks,
+    num_initial_blocks=1,
+    num_local_blocks=2,
+    window_size,
+    scale=None,
+    leftpad=None,
+    q_offset=0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Native Sparse Attention (eq. 5) of few queries; see `reference.nsa_attention`.
+
+    Args:
+        q: `[B, T, HQ, D]`, T <= 16; bf16, fp16 or fp32.
+        k: `[B, TK, H, D]`, v: `[B, TK, H, DV]`; slots behind the last query are not read.
+        k_cmp: `[B, C, H, D]`, v_cmp: `[B, C, H, DV]`; blocks that no query sees are not read.
+        k_win: `[B, TW, H, D]`, v_win: `[B, TW, H, DV]`; the last key belongs to the last query.
+        q_offset: int, or an int tensor `[]` or `[B]` on the device of `q`.
+
+    Returns:
+        o `[B, T, HQ, DV]` in the dtype of `q`, and block_indices int32 `[B, T, H, n]`.
+
+    Raises:
+        NotImplementedError: More than 16 queries, `scale` <= 0, or a dtype, head dim or block size without a kernel.
+    """
+    scale = check_inputs(q, k_cmp, v_cmp, scale)
+    (B, T, HQ, D), (H, DV) = q.shape, v.shape[2:]
+    if T > MAX_QUERIES:
+        raise NotImplementedError(f"Decoding takes at most {MAX_QUERIES} queries a row, got {T}.")
+    o = q.new_empty(B, T, HQ, DV)
+    block_indices = torch.empty(B, T, H, num_selected_blocks, dtype=torch.int32, device=q.device)
+    if not o.numel():
+        return o, block_indices
+    q, k, v, k_cmp, v_cmp, k_win, v_win = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, k_cmp, v_cmp, k_win, v_win)
+    )
+    config = _config(D, DV, q.dtype)
+    fold = fold_sizes(compress_block_size, compress_stride, select_block_size, narrowest=config["BLOCK_N"])
+    S = cdiv(k.shape[1], select_block_size)
+    tiles = cdiv(S, fold["OUT"])
+    G = HQ // H
+    rows, single = _row_tiles(G, T, q.dtype), _row_tiles(G, 1, q.dtype)
+    query_tiles = cdiv(T, rows["TILE"])
+    window_tiles = cdiv(min(window_size - 1 + T, k_win.shape[1]), config["BLOCK_N"])
+    chosen_tiles = cdiv(num_selected_blocks * select_block_size, config["BLOCK_N"])
+    programs = B * H * rows["GROUPS"] * query_tiles
+    splits = _splits(tiles, programs, q.device)
+    window_splits = _splits(cdiv(window_tiles, 2), programs, q.device)
+    chosen_splits = _splits(chosen_tiles, B * T * H * single["GROUPS"], q.device)
+    first_splits = splits + window_splits
+    all_splits = first_splits + chosen_splits
+
+    floats = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
+    lse, parts = floats(B, T, HQ, all_splits), floats(B, T, HQ, all_splits, DV)
+    # every head's importances, each tile of them relative to its peak
+    imp, peak, joined = floats(B, T, HQ, S), floats(B, T, HQ, tiles), floats(B, T, H, S)
+
+    where = {
+        "q_offset": q_offset,
+        "leftpad_ptr": None if leftpad is None else leftpad.contiguous(),
+        "stride_offset": 1 if isinstance(q_offset, torch.Tensor) and q_offset.numel() > 1 else 0,
+        "T": T,
+        "HQ": HQ,
+        "OFFSET": isinstance(q_offset, torch.Tensor),
+        "LEFTPAD": leftpad is not None,
+    }
+    shapes = {"G": G, **head_dims(q, "D"), **head_dims(v, "DV"), "PRECISION": precision(q.dtype), "scale": scale}
+    compression = {"SIZE": compress_block_size, "STRIDE": compress_stride, "RATIO": fold["RATIO"], "OUT": fold["OUT"]}
+    forced = {"N": num_selected_blocks, "INITIAL": num_initial_blocks, "LOCAL": num_local_blocks}
+    free = num_selected_blocks > num_initial_blocks + num_local_blocks
+    counts = {"C": k_cmp.shape[1], "S": S, "tiles": tiles, "splits": splits, "all_splits": all_splits}
+
+    _partial_kernel[(first_splits, H * rows["GROUPS"] * query_tiles, B)](
+        q, k_cmp, v_cmp, k_win, v_win, parts, lse, imp, peak, *strides(q, k_cmp, v_cmp, k_win, v_win),
+        TW=k_win.shape[1], query_tiles=query_tiles, **counts, **where, **shapes, **compression, **rows,
+        COLUMNS=fold["COLUMNS"], HALO=fold["HALO"], W=window_size, FOLD=free, **{**config, "BLOCK_N": fold["BLOCK_N"]},
+    )  # fmt: skip
+    width = next((x for x in (128, 512, 1024, _MAX_WIDTH) if x >= S), _MAX_WIDTH)
+    heads = next_power_of_2(G)
+    _merge_kernel[(T, H, B)](
+        lse, imp, peak, joined, block_indices, **counts, **where, **compression, **forced, BLOCKS=select_block_size,
+        G=G, HEADS=heads, SPLITS=next_power_of_2(splits), JOINED=max(16, min(width, _JOINED // heads)),
+        WIDTH=width, HELD=width >= S, WIDTH_OUT=next_power_of_2(num_selected_blocks),
+        num_warps=8 if width > 1024 else 4, enable_fp_fusion=True,
+    )  # fmt: skip
+    _selected_kernel[(chosen_splits, T * H * single["GROUPS"], B)](
+        q, k, v, block_indices, parts, lse, *strides(q, k, v), first_split=first_splits, all_splits=all_splits,
+        splits=chosen_splits, **where, **shapes, **single, N=num_selected_blocks, BLOCKS=select_block_size, **config,
+    )  # fmt: skip
+    _combine_kernel[(HQ, T, B)](
+        parts, lse, g_cmp, g_slc, g_win, o, *g_cmp.stride(), *g_slc.stride(), *g_win.stride(), HQ, T,
+        splits, window_splits, chosen_splits, DV=DV, SPLITS=next_power_of_2(max(splits, window_splits, chosen_splits)),
+        TILE=min(8, next_power_of_2(max(splits, window_splits, chosen_splits))), BLOCK=next_power_of_2(DV), num_warps=4,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    return o, block_indices
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return 2 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _splits(tiles: int, programs: int, device: torch.device) -> int:
+    """Splits of `tiles` tiles of keys, where each split is worked on by so many programs."""
+    return max(1, min(tiles, _MAX_SPLITS, cdiv(_WAVES * _multiprocessors(device), programs)))
+
+
+def _row_tiles(G, T, dtype):
+    """Rows of a tile: TILE queries times GT of the G heads of a group."""
+    rows = 16 if dtype == torch.float32 else min(64, max(16, next_power_of_2(G * T)))
+    return {**_tiles(G, rows), "BLOCK_M": rows}
+
+
+def _config(D, DV, dtype):
+    widest = max(D, DV)
+    if dtype == torch.float32:
+        keys, warps, stages = (32, 8, 1) if widest <= 128 else (16, 4, 1)
+    else:
+        keys, warps, stages = 64, 4, 3 if widest <= 128 else 2
+    return {"BLOCK_N": keys, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _first_position(i_b, q_offset, leftpad_ptr, stride_offset, OFFSET: tl.constexpr, LEFTPAD: tl.constexpr):
+    """Position of a row's first query, and its padding slots: slot = position + pad."""
+    offset = q_offset
+    if OFFSET:
+        offset = tl.load(q_offset + i_b * stride_offset).to(tl.int32)
+    pad = 0
+    if LEFTPAD:
+        pad = tl.load(leftpad_ptr + i_b).to(tl.int32)
+    return offset - pad, pad
+
+
+@triton.jit
+def _live_tiles(blocks, tiles, SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, OUT: tl.constexpr):
+    """Tiles of OUT selectable blocks that the first `blocks` compressed blocks reach into."""
+    reached = tl.where(blocks > 0, (blocks - 1 + SIZE // STRIDE - 1) // RATIO + 1, 0)
+    return tl.minimum(tl.cdiv(reached, OUT), tiles)
+
+
+@triton.jit
+def _store_split(o_ptr, lse_ptr, row, used, m_log2, z, acc_1, acc_2, DV: tl.constexpr, DV1: tl.constexpr,
+                 DV2: tl.constexpr):  # fmt: skip
+    """Store a split's output and base-2 lse, -inf and no output where it has no key.
+
+    Args:
+        row: int64 `[M]`, the rows' places among all splits.
+        m_log2, z: `[M]`, running maximum in base 2 and sum.
+    """
+    some = z > 0
+    total = tl.where(some, z, 1.0)
+    tl.store(lse_ptr + row, tl.where(some, m_log2 + tl.log2(total), float("-inf")), mask=used)
+    acc_1 = acc_1 / total[:, None]
+    if DV2 > 0:
+        acc_2 = acc_2 / total[:, None]
+    store_pair(o_ptr + row * DV, acc_1, acc_2, used & some, DV, DV1, DV2)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _partial_kernel(
+    q_ptr, k_cmp_ptr, v_cmp_ptr, k_win_ptr, v_win_ptr, o_ptr, lse_ptr, imp_ptr, peak_ptr,
+    stride_qb, stride_qt, stride_qh, stride_kcb, stride_kct, stride_kch, stride_vcb, stride_vct, stride_vch,
+    stride_kwb, stride_kwt, stride_kwh, stride_vwb, stride_vwt, stride_vwh,
+    q_offset, leftpad_ptr, stride_offset, T, HQ, C, TW, S, tiles, splits, all_splits, query_tiles, scale,
+    OFFSET: tl.constexpr, LEFTPAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    RATIO: tl.constexpr, COLUMNS: tl.constexpr, HALO: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr,
+    FOLD: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, GT: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Attention of a tile of queries to a share of the compressed blocks, with their importances, or of the window.
+
+    Column c of a tile of compressed blocks is block RATIO · j + c % COLUMNS of selectable block j = j0 + c // COLUMNS;
+    the first HALO selectable blocks only lend their compressed blocks to the importances of the ones after them.
+    Peaks are whole numbers, so that equal scores stay equal in the importances of different tiles.
+
+    Grid: (splits + splits of the window, H * GROUPS * query_tiles, B)
+    """
+    i_split, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    start = tl.program_id(1) % query_tiles * TILE
+    i_h, i_g = tl.program_id(1) // query_tiles // GROUPS, tl.program_id(1) // query_tiles % GROUPS
+    pos0, _ = _first_position(i_b, q_offset, leftpad_ptr, stride_offset, OFFSET, LEFTPAD)
+    i_q, i_head, used = _query_rows(start, T, i_h, i_g, TILE, GT, G, BLOCK_M)
+    position = pos0 + i_q
+    row = (i_b * T + i_q) * HQ + i_head
+    q_ptrs = q_ptr + i_b * stride_qb + i_q * stride_qt + i_head * stride_qh
+    q_1, q_2 = load_pair(q_ptrs, used, D, D1, D2, True)
+    scale_log2 = scale * LOG2E
+    m = tl.full([BLOCK_M], NEGATIVE, dtype=tl.float32)
+    z = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc_1, acc_2 = empty_pair(BLOCK_M, DV1, DV2)
+    offs_n = tl.arange(0, BLOCK_N)
+
+    if i_split < splits:
+        blocks = visible_blocks(pos0 + T - 1, C, SIZE, STRIDE)
+        live = _live_tiles(blocks, tiles, SIZE, STRIDE, RATIO, OUT)
+        share = tl.cdiv(live, splits)
+        n_visible = visible_blocks(position, blocks, SIZE, STRIDE)
+        offs_j = tl.arange(0, BLOCK_N // COLUMNS)
+        k_ptrs = k_cmp_ptr + i_b * stride_kcb + i_h * stride_kch
+        v_ptrs = v_cmp_ptr + i_b * stride_vcb + i_h * stride_vch
+        for i_tile in range(i_split * share, tl.minimum((i_split + 1) * share, live)):
+            j0 = i_tile * OUT - HALO
+            offs_key = (j0 + offs_n // COLUMNS) * RATIO + offs_n % COLUMNS
+            mask_key = (offs_key >= 0) & (offs_key < blocks) & (offs_n % COLUMNS < RATIO)
+            own = offs_n >= HALO * COLUMNS
+            k_1, k_2 = load_pair(k_ptrs + offs_key.to(tl.int64) * stride_kct, mask_key, D, D1, D2, True)
+            v_1, v_2 = load_pair(v_ptrs + offs_key.to(tl.int64) * stride_vct, mask_key & own, DV, DV1, DV2, True)
+            s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION) * scale_log2
+            s = tl.where(mask_key[None, :] & (offs_key[None, :] < n_visible[:, None]), s, float("-inf"))
+            m_new = tl.maximum(m, tl.ceil(tl.max(s, 1)))
+            p = tl.exp2(s - m_new[:, None])
+            if FOLD:
+                imp = fold_tile(p, RATIO, COLUMNS, HALO, SIZE // STRIDE)
+                mask_j = (offs_j >= HALO) & (offs_j < HALO + OUT) & (j0 + offs_j < S)
+                tl.store(imp_ptr + row[:, None] * S + (j0 + offs_j)[None, :], imp, mask=used[:, None] & mask_j[None, :])
+                tl.store(peak_ptr + row * tiles + i_tile, m_new, mask=used)
+            p = tl.where(own[None, :], p, 0.0)
+            alpha = tl.exp2(m - m_new)
+            z = z * alpha + tl.sum(p, 1)
+            acc_1 = acc_1 * alpha[:, None]
+            if DV2 > 0:
+                acc_2 = acc_2 * alpha[:, None]
+            acc_1, acc_2 = add_product(acc_1, acc_2, p.to(v_1.dtype), v_1, v_2, DV2, PRECISION)
+            m = m_new
+    else:
+        first = pos0 + T - TW  # position of the first key
+        low = tl.maximum(tl.maximum(pos0 + start - W + 1, first), 0)
+        high = pos0 + tl.minimum(start + TILE, T)
+        share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), tl.num_programs(0) - splits) * BLOCK_N
+        low += (i_split - splits) * share
+        k_ptrs = k_win_ptr + i_b * stride_kwb + i_h * stride_kwh
+        v_ptrs = v_win_ptr + i_b * stride_vwb + i_h * stride_vwh
+        for key in range(low, tl.minimum(low + share, high), BLOCK_N):
+            keys = key + offs_n
+            mask_key = keys < high
+            index = (keys - first).to(tl.int64)
+            k_1, k_2 = load_pair(k_ptrs + index * stride_kwt, mask_key, D, D1, D2, True)
+            v_1, v_2 = load_pair(v_ptrs + index * stride_vwt, mask_key, DV, DV1, DV2, True)
+            s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
+            distance = position[:, None] - keys[None, :]
+            s = tl.where((distance >= 0) & (distance < W), s, float("-inf"))
+            m, z, acc_1, acc_2 = softmax_step(s, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION)
+        m *= scale_log2
+    _store_split(o_ptr, lse_ptr, row * all_splits + i_split, used, m, z, acc_1, acc_2, DV, DV1, DV2)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _merge_kernel(
+    lse_ptr, imp_ptr, peak_ptr, joined_ptr, out_ptr,
+    q_offset, leftpad_ptr, stride_offset, T, HQ, C, S, tiles, splits, all_splits,
+    OFFSET: tl.constexpr, LEFTPAD: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr,
+    OUT: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+    G: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr, JOINED: tl.constexpr, WIDTH: tl.constexpr,
+    HELD: tl.constexpr, WIDTH_OUT: tl.constexpr,
+):  # fmt: skip
+    """Importances of a query, summed over splits and the heads of a group, and its block indices.
+
+    Grid: (T, H, B)
+    """
+    i_q, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    pos0, _ = _first_position(i_b, q_offset, leftpad_ptr, stride_offset, OFFSET, LEFTPAD)
+    position = pos0 + i_q
+    out_row = (i_b * T + i_q) * tl.num_programs(1) + i_h
+    if (N > INITIAL + LOCAL) & (position >= N * BLOCKS):
+        head = tl.arange(0, HEADS)
+        mask_head = head < G
+        row = (i_b * T + i_q) * HQ + i_h * G + head
+        offs_s = tl.arange(0, SPLITS)
+        mask_s = mask_head[:, None] & (offs_s < splits)[None, :]
+        lse = tl.load(lse_ptr + row[:, None] * all_splits + offs_s[None, :], mask=mask_s, other=float("-inf"))
+        highest = tl.max(lse, 1)
+        some = highest > float("-inf")
+        highest = tl.where(some, highest, 0.0)
+        lse = highest + tl.log2(tl.where(some, tl.sum(tl.exp2(lse - highest[:, None]), 1), 1.0))
+        whole = tl.floor(lse)  # scaling by whole powers of two keeps equals equal
+        rest = tl.where(some, tl.exp2(whole - lse), 0.0)
+
+        blocks = visible_blocks(pos0 + T - 1, C, SIZE, STRIDE)
+        known = _live_tiles(blocks, tiles, SIZE, STRIDE, RATIO, OUT) * OUT
+        stop = position // BLOCKS - LOCAL + 1
+        for j0 in range(0, stop, JOINED):
+            offs_j = j0 + tl.arange(0, JOINED)
+            mask_j = mask_head[:, None] & (offs_j < tl.minimum(stop, known))[None, :]
+            imp = tl.load(imp_ptr + row[:, None] * S + offs_j[None, :], mask=mask_j, other=0.0)
+            peak = tl.load(peak_ptr + row[:, None] * tiles + (offs_j // OUT)[None, :], mask=mask_j, other=0.0)
+            imp = tl.sum(imp * tl.exp2(peak - whole[:, None]) * rest[:, None], 0)
+            tl.store(joined_ptr + out_row * S + offs_j, imp, mask=offs_j < stop)
+        tl.debug_barrier()
+    every = tl.zeros([1], dtype=tl.int64)
+    choose_blocks(
+        joined_ptr + out_row * S + every, out_ptr + out_row * N + every, position + every.to(tl.int32), every == 0,
+        BLOCKS, N, INITIAL, LOCAL, 1, WIDTH, HELD, WIDTH_OUT,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*_VARYING, "first_split"])
+def _selected_kernel(
+    q_ptr, k_ptr, v_ptr, index_ptr, o_ptr, lse_ptr,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    q_offset, leftpad_ptr, stride_offset, T, HQ, splits, first_split, all_splits, scale,
+    OFFSET: tl.constexpr, LEFTPAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr,
+    BLOCKS: tl.constexpr, TILE: tl.constexpr, GT: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Attention of one query to a share of its chosen blocks.
+
+    Grid: (splits, T * H * GROUPS, B)
+    """
+    i_split, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    i_g, i_t = tl.program_id(1) % GROUPS, tl.program_id(1) // GROUPS % T
+    i_h, heads = tl.program_id(1) // GROUPS // T, tl.num_programs(1) // GROUPS // T
+    pos0, pad = _first_position(i_b, q_offset, leftpad_ptr, stride_offset, OFFSET, LEFTPAD)
+    i_q, i_head, used = _query_rows(i_t, i_t + 1, i_h, i_g, TILE, GT, G, BLOCK_M)
+    q_ptrs = q_ptr + i_b * stride_qb + i_q * stride_qt + i_head * stride_qh
+    q_1, q_2 = load_pair(q_ptrs, used, D, D1, D2, True)
+    scale_log2 = scale * LOG2E
+    m = tl.full([BLOCK_M], NEGATIVE, dtype=tl.float32)
+    z = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc_1, acc_2 = empty_pair(BLOCK_M, DV1, DV2)
+
+    position = pos0 + i_t
+    chosen = tl.where(position >= 0, tl.minimum(position // BLOCKS + 1, N), 0)
+    tiles = tl.cdiv(chosen * BLOCKS, BLOCK_N)
+    share = tl.cdiv(tiles, splits)
+    index_ptr += ((i_b * T + i_t) * heads + i_h) * N
+    k_ptrs = k_ptr + i_b * stride_kb + i_h * stride_kh
+    v_ptrs = v_ptr + i_b * stride_vb + i_h * stride_vh
+    for i_tile in range(i_split * share, tl.minimum((i_split + 1) * share, tiles)):
+        offs_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        block = tl.load(index_ptr + offs_n // BLOCKS, mask=offs_n < chosen * BLOCKS, other=0)
+        token = block * BLOCKS + offs_n % BLOCKS
+        mask_key = (offs_n < chosen * BLOCKS) & (token <= position)
+        slot = (token + pad).to(tl.int64)
+        k_1, k_2 = load_pair(k_ptrs + slot * stride_kt, mask_key, D, D1, D2, True)
+        v_1, v_2 = load_pair(v_ptrs + slot * stride_vt, mask_key, DV, DV1, DV2, True)
+        s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
+        s = tl.where(mask_key[None, :], s, float("-inf"))
+        m, z, acc_1, acc_2 = softmax_step(s, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION)
+    row = ((i_b * T + i_q) * HQ + i_head) * all_splits + first_split + i_split
+    _store_split(o_ptr, lse_ptr, row, used, m * scale_log2, z, acc_1, acc_2, DV, DV1, DV2)
+
+
+@triton.jit(do_not_specialize=["T", "splits_cmp", "splits_win", "splits_slc"])
+def _combine_kernel(
+    parts_ptr, lse_ptr, g_cmp_ptr, g_slc_ptr, g_win_ptr, o_ptr,
+    stride_gcb, stride_gct, stride_gch, stride_gsb, stride_gst, stride_gsh, stride_gwb, stride_gwt, stride_gwh,
+    HQ, T, splits_cmp, splits_win, splits_slc,
+    DV: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Join the splits of each branch of one head of one query, and add up the gated branches.
+
+    Grid: (HQ, T, B)
+    """
+    i_head, i_t, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = (i_b * T + i_t) * HQ + i_head
+    first = row * (splits_cmp + splits_win + splits_slc)
+    g_cmp = tl.load(g_cmp_ptr + i_b * stride_gcb + i_t * stride_gct + i_head * stride_gch).to(tl.float32)
+    g_slc = tl.load(g_slc_ptr + i_b * stride_gsb + i_t * stride_gst + i_head * stride_gsh).to(tl.float32)
+    g_win = tl.load(g_win_ptr + i_b * stride_gwb + i_t * stride_gwt + i_head * stride_gwh).to(tl.float32)
+    o = g_cmp * _join(parts_ptr, lse_ptr, first, splits_cmp, DV, SPLITS, TILE, BLOCK)
+    first += splits_cmp
+    o += g_win * _join(parts_ptr, lse_ptr, first, splits_win, DV, SPLITS, TILE, BLOCK)
+    first += splits_win
+    o += g_slc * _join(parts_ptr, lse_ptr, first, splits_slc, DV, SPLITS, TILE, BLOCK)
+    offs_d = tl.arange(0, BLOCK)
+    tl.store(o_ptr + row * DV + offs_d, o.to(o_ptr.dtype.element_ty), mask=offs_d < DV)
+
+
+@triton.jit
+def _join(parts_ptr, lse_ptr, first, splits, DV: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
+          BLOCK: tl.constexpr):  # fmt: skip
+    """Output `[BLOCK]` of the splits `first … first + splits - 1`; 0 where none has a key."""
+    offs_s = tl.arange(0, SPLITS)
+    lse = tl.load(lse_ptr + first + offs_s, mask=offs_s < splits, other=float("-inf"))
+    highest = tl.max(lse, 0)
+    highest = tl.where(highest > float("-inf"), highest, 0.0)
+    total = tl.sum(tl.exp2(lse - highest), 0)
+    offs_d = tl.arange(0, BLOCK)
+    o = tl.zeros([BLOCK], dtype=tl.float32)
+    for i in range(0, splits, TILE):
+        split = i + tl.arange(0, TILE)
+        part_lse = tl.load(lse_ptr + first + split, mask=split < splits, other=float("-inf"))
+        mask = (part_lse > float("-inf"))[:, None] & (offs_d < DV)[None, :]
+        part = tl.load(parts_ptr + (first + split)[:, None] * DV + offs_d[None, :], mask=mask, other=0.0)
+        o += tl.sum(part * tl.exp2(part_lse - highest)[:, None], 0)
+    return o / tl.where(total == 0, 1.0, total)

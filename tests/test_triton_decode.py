@@ -1,0 +1,216 @@
+# Copyright 2026 The NSA for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""The decode kernels against the reference: outputs and blocks, on caches whose unused slots hold NaN."""
+
+import os
+import random
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from sm90 import MAX_SHARED
+from sm90_launches import compile_launches
+from triton_checks import DEVICE, poisoned
+
+import nsa_kernels as nsa
+from nsa_kernels import reference
+
+decode = pytest.importorskip("nsa_kernels.decode", reason="needs Triton")
+
+SIZES = {
+    "compress_block_size": 8,
+    "compress_stride": 4,
+    "select_block_size": 16,
+    "num_selected_blocks": 4,
+    "num_initial_blocks": 1,
+    "num_local_blocks": 2,
+    "window_size": 20,
+}
+PAPER = {
+    "compress_block_size": 32,
+    "compress_stride": 16,
+    "select_block_size": 64,
+    "num_selected_blocks": 16,
+    "num_initial_blocks": 1,
+    "num_local_blocks": 2,
+    "window_size": 512,
+}
+GATES = slice(7, 10)
+
+
+def make_cache(past, T, heads, groups, dim, v_dim, sizes, *, batch=2, leftpad=None, dtype=torch.float32, seed=0):
+    """Arguments of `nsa_attention` for T queries after `past` slots, as long as they need to be."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(batch, *shape, device=DEVICE, generator=generator)
+
+    length = past + T
+    compression = {name: sizes[name] for name in ("compress_block_size", "compress_stride")}
+    if leftpad is not None:
+        compression |= {"first_slot": leftpad, "num_blocks": nsa.num_compressed_blocks(length, *compression.values())}
+    held = min(length, sizes["window_size"] + T)
+    q = 2 * draw(T, heads * groups, dim)
+    k, v = 2 * draw(length, heads, dim), draw(length, heads, v_dim)
+    k_cmp = nsa.compress_mean(3 * draw(length, heads, dim), **compression)
+    v_cmp = nsa.compress_mean(draw(length, heads, v_dim), **compression)
+    k_win, v_win = 2 * draw(held, heads, dim), draw(held, heads, v_dim)
+    gates = [draw(T, heads * groups).sigmoid() for _ in range(3)]
+    return [x.to(dtype) for x in (q, k, v, k_cmp, v_cmp, k_win, v_win, *gates)]
+
+
+def as_held(x, spare, first=None):
+    """`[B, T, H, D]` as a cache holds it: `[B, H, T + spare, D]` transposed, NaN in what is spare or padding."""
+    buffer = x.new_full((x.shape[0], x.shape[2], x.shape[1] + spare, x.shape[3]), float("nan"))
+    buffer[:, :, : x.shape[1]] = x.transpose(1, 2)
+    for row, slots in enumerate(first if first is not None else ()):
+        buffer[row, :, :slots] = float("nan")
+    return buffer.transpose(1, 2)
+
+
+def check(
+    past, T, heads, groups, dim, v_dim, sizes=SIZES, *, spare=0, leftpad=None, dtype=torch.float32, offset="int",
+    exact_blocks=True, **rest,
+):  # fmt: skip
+    leftpad = None if leftpad is None else torch.tensor(leftpad, device=DEVICE)
+    inputs = make_cache(past, T, heads, groups, dim, v_dim, sizes, leftpad=leftpad, dtype=dtype, **rest)
+    want, block_indices, _ = reference.nsa_attention(*inputs, **sizes, leftpad=leftpad, q_offset=past)
+    exact, *_ = reference.nsa_attention(*(x.double() for x in inputs), **sizes, leftpad=leftpad, q_offset=past)
+    q, k, v, k_cmp, v_cmp, k_win, v_win, *gates = inputs
+    held = [as_held(x, spare, leftpad) for x in (k, v)] + [as_held(x, spare // 4) for x in (k_cmp, v_cmp)]
+    q_offset = {
+        "int": past,
+        "scalar": torch.tensor(past, device=DEVICE),
+        "rows": torch.full((q.shape[0],), past, device=DEVICE),
+    }[offset]
+    gates = torch.stack(gates, -1).unbind(-1)
+    with poisoned():
+        o, chosen = decode.nsa_attention(q, *held, k_win, v_win, *gates, **sizes, leftpad=leftpad, q_offset=q_offset)
+    assert chosen.dtype == torch.int32
+    assert o.dtype == dtype
+    same = (chosen == block_indices).all(-1)  # [B, T, H]
+    assert same.all() if exact_blocks else same.float().mean() > 0.95
+    same = same.repeat_interleave(groups, dim=-1)
+    size = max(1.0, exact.abs().max().item())
+    error = (want.double() - exact)[same].abs().max().item()
+    limit = 2 * error + (2 * torch.finfo(dtype).eps + 4 * 30 * torch.finfo(torch.float32).eps) * size
+    off = (o.double() - exact)[same].abs().max().item()
+    assert off <= limit, f"off by {off}, allowed {limit}"
+    return o, chosen
+
+
+@pytest.mark.parametrize(
+    "past, T, heads, groups, dim, v_dim, rest",
+    [
+        (200, 1, 2, 4, 32, 32, {"spare": 90}),
+        (130, 2, 1, 3, 32, 16, {"leftpad": [0, 61], "spare": 7, "offset": "scalar"}),
+        (97, 5, 2, 1, 16, 32, {"offset": "rows", "spare": 64}),
+        (150, 16, 1, 7, 48, 48, {"batch": 1}),  # two tiles of queries, a head dim in two tiles
+        (90, 1, 1, 5, 80, 80, {"dtype": torch.float16, "leftpad": [89, 3], "batch": 2}),
+        (5, 1, 1, 2, 32, 32, {"spare": 30, "offset": "scalar"}),  # no complete block
+        (0, 1, 1, 2, 16, 16, {"spare": 40, "offset": "scalar"}),  # the first token
+        (60, 3, 1, 2, 16, 16, {"leftpad": [60, 63]}),  # rows of one real token, and of none
+        (63, 2, 1, 4, 32, 32, {}),  # as many blocks as are chosen, and one more
+    ],
+)
+def test_matches_reference(past, T, heads, groups, dim, v_dim, rest):
+    check(past, T, heads, groups, dim, v_dim, **rest)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"compress_block_size": 16, "select_block_size": 12, "num_selected_blocks": 6},  # l'/d = 3
+        {"compress_block_size": 24, "select_block_size": 4, "num_selected_blocks": 7, "num_local_blocks": 3},  # l > l'
+        {"compress_block_size": 4, "num_selected_blocks": 3, "window_size": 1},  # nothing but forced blocks
+        {"num_initial_blocks": 0, "num_local_blocks": 1, "num_selected_blocks": 1, "window_size": 300},
+    ],
+)
+def test_other_sizes(changes):
+    check(170, 2, 1, 2, 16, 16, {**SIZES, **changes}, batch=1, spare=20)
+
+
+def test_heads_that_need_several_tiles():
+    check(70, 1, 1, 70, 16, 16, batch=1)
+
+
+def test_equal_importances_fall_to_the_smaller_index():
+    inputs = make_cache(300, 1, 1, 2, 16, 16, SIZES)
+    q, gates = torch.zeros_like(inputs[0]), inputs[GATES]
+    _, chosen = decode.nsa_attention(q, *inputs[1:7], *gates, **SIZES, q_offset=300)
+    assert chosen[0, 0, 0].tolist() == [0, 1, 17, 18]
+
+
+def test_rows_longer_than_the_held_width(monkeypatch):
+    monkeypatch.setattr(decode, "_MAX_WIDTH", 16)
+    monkeypatch.setattr(decode, "_JOINED", 32)
+    check(400, 1, 1, 2, 16, 16, {**SIZES, "select_block_size": 8, "num_selected_blocks": 9}, batch=1)
+
+
+@pytest.mark.parametrize("splits", [1, 7, 30])
+def test_any_number_of_splits(monkeypatch, splits):
+    monkeypatch.setattr(decode, "_splits", lambda tiles, programs, device: splits)
+    check(300, 1, 1, 4, 16, 16, batch=1, spare=100)
+
+
+def test_extreme_logits():
+    inputs = make_cache(300, 1, 1, 2, 16, 16, SIZES)
+    q, gates = 100 * inputs[0], inputs[GATES]
+    want, blocks, _ = reference.nsa_attention(q, *inputs[1:], **SIZES, q_offset=300)
+    o, chosen = decode.nsa_attention(q, *inputs[1:7], *gates, **SIZES, q_offset=300)
+    torch.testing.assert_close(o, want, rtol=1e-3, atol=1e-4)
+    assert torch.equal(chosen[..., :1], blocks[..., :1])
+
+
+def test_refuses_by_name():
+    inputs = make_cache(30, 17, 1, 2, 16, 16, SIZES)
+    with pytest.raises(NotImplementedError, match="at most 16 queries"):
+        decode.nsa_attention(*inputs, **SIZES, q_offset=30)
+
+
+def test_compiles_for_hopper():
+    launches = compile_launches("""
+import torch
+from nsa_kernels import decode
+decode._multiprocessors = lambda device: 132
+sizes = {"compress_block_size": 32, "compress_stride": 16, "select_block_size": 64, "num_selected_blocks": 16}
+for B, T, HQ, H, D, DV, dtype, q_offset in (
+    (16, 1, 64, 4, 128, 128, torch.bfloat16, torch.tensor(5)),
+    (1, 16, 32, 8, 128, 128, torch.bfloat16, 5),
+    (1, 5, 16, 4, 192, 128, torch.bfloat16, 5),
+    (1, 1, 8, 1, 256, 256, torch.bfloat16, 5),
+    (4, 2, 32, 8, 128, 128, torch.float32, 5),
+    (1, 1, 8, 1, 256, 256, torch.float32, 5),
+):
+    def keys(length, dim):
+        return torch.empty(B, H, length, dim, dtype=dtype).transpose(1, 2)
+    q, gates = torch.empty(B, T, HQ, D, dtype=dtype), torch.empty(B, T, HQ, 3, dtype=dtype).unbind(-1)
+    pairs = [keys(length, dim) for length in (65536, 4096, 512 + T) for dim in (D, DV)]
+    decode.nsa_attention(q, *pairs, *gates, **sizes, window_size=512, q_offset=q_offset)
+""")
+    assert len(launches) == 24
+    for launch in launches:
+        assert launch["spills"] == 0, launch
+        assert launch["shared"] <= MAX_SHARED, launch
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(60))
+def test_random_configurations_on_a_gpu(seed):
+    rng = random.Random(seed)
+    past, T = rng.choice((0, 31, 500, 1023, 1024, 5000, 9001)), rng.choice((1, 1, 2, 5, 16))
+    batch = rng.choice((1, 2, 5))
+    dtype = rng.choice((torch.bfloat16, torch.float16, torch.float32))
+    sizes = PAPER | rng.choice(
+        ({}, {"num_selected_blocks": 24, "select_block_size": 32}, {"compress_block_size": 16, "compress_stride": 8})
+    )
+    leftpad = [rng.randrange(past + T + 1) for _ in range(batch)] if rng.random() < 0.5 else None
+    check(
+        past, T, rng.choice((1, 2, 8)), rng.choice((1, 3, 4, 5, 7, 8, 16, 33)), rng.choice((32, 64, 80, 128, 192, 256)),
+        rng.choice((32, 64, 80, 128)), sizes, batch=batch, leftpad=leftpad, dtype=dtype, seed=seed,
+        spare=rng.choice((0, 100, 70000)), offset=rng.choice(("int", "scalar", "rows")),
+        exact_blocks=dtype == torch.float32,
+    )  # fmt: skip
