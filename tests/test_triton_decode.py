@@ -88,7 +88,9 @@ def check(
     }[offset]
     gates = torch.stack(gates, -1).unbind(-1)
     with poisoned():
-        o, chosen = decode.nsa_attention(q, *held, k_win, v_win, *gates, **sizes, leftpad=leftpad, q_offset=q_offset)
+        o, chosen, _ = decode.decode_attention(
+            q, *held, k_win, v_win, *gates, **sizes, leftpad=leftpad, q_offset=q_offset
+        )
     assert chosen.dtype == torch.int32
     assert o.dtype == dtype
     same = (chosen == block_indices).all(-1)  # [B, T, H]
@@ -140,7 +142,7 @@ def test_heads_that_need_several_tiles():
 def test_equal_importances_fall_to_the_smaller_index():
     inputs = make_cache(300, 1, 1, 2, 16, 16, SIZES)
     q, gates = torch.zeros_like(inputs[0]), inputs[GATES]
-    _, chosen = decode.nsa_attention(q, *inputs[1:7], *gates, **SIZES, q_offset=300)
+    _, chosen, _ = decode.decode_attention(q, *inputs[1:7], *gates, **SIZES, q_offset=300)
     assert chosen[0, 0, 0].tolist() == [0, 1, 17, 18]
 
 
@@ -160,15 +162,54 @@ def test_extreme_logits():
     inputs = make_cache(300, 1, 1, 2, 16, 16, SIZES)
     q, gates = 100 * inputs[0], inputs[GATES]
     want, blocks, _ = reference.nsa_attention(q, *inputs[1:], **SIZES, q_offset=300)
-    o, chosen = decode.nsa_attention(q, *inputs[1:7], *gates, **SIZES, q_offset=300)
+    o, chosen, _ = decode.decode_attention(q, *inputs[1:7], *gates, **SIZES, q_offset=300)
     torch.testing.assert_close(o, want, rtol=1e-3, atol=1e-4)
     assert torch.equal(chosen[..., :1], blocks[..., :1])
 
 
 def test_refuses_by_name():
     inputs = make_cache(30, 17, 1, 2, 16, 16, SIZES)
-    with pytest.raises(NotImplementedError, match="at most 16 queries"):
-        decode.nsa_attention(*inputs, **SIZES, q_offset=30)
+    with pytest.raises(NotImplementedError, match="at most 16 queries a row, got 17"):
+        decode.decode_attention(*inputs, **SIZES, q_offset=30)
+    few = [x[:, :1] if x.shape[1] == 17 else x for x in inputs]
+    with pytest.raises(NotImplementedError, match="`return_weights` is not computed"):
+        decode.decode_attention(*few, **SIZES, q_offset=30, return_weights=True)
+    with pytest.raises(NotImplementedError, match="got packed sequences"):
+        decode.decode_attention(*few, **SIZES, cu_seqlens=torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize(
+    "T, past, as_tensor, grad, decodes",
+    [(2, 40, False, False, True), (2, 40, True, False, True), (2, 0, False, False, False), (2, 40, False, True, False),
+     (17, 40, False, False, False)],
+)  # fmt: skip
+def test_few_queries_with_a_past_are_decoded(monkeypatch, T, past, as_tensor, grad, decodes):
+    called = []
+    compute = decode._compute
+    monkeypatch.setattr(decode, "_compute", lambda *args: called.append(True) or compute(*args))
+    inputs = make_cache(past, T, 1, 1, 16, 16, SIZES, batch=1)
+    inputs[0].requires_grad_(grad)
+    q_offset = torch.tensor(past, device=DEVICE) if as_tensor else past
+    with torch.set_grad_enabled(grad):
+        o, blocks, weights = nsa.nsa_attention(*inputs, **SIZES, q_offset=q_offset, backend="triton")
+    want, wanted, _ = reference.nsa_attention(*inputs, **SIZES, q_offset=past)
+    torch.testing.assert_close(o, want, rtol=1e-4, atol=1e-5)
+    assert torch.equal(blocks, wanted)
+    assert weights is None
+    assert bool(called) == decodes
+
+
+def test_is_one_node_of_a_compiled_graph():
+    torch._dynamo.reset()
+    inputs = make_cache(40, 1, 1, 2, 16, 16, SIZES, batch=1)
+
+    @torch.no_grad()
+    def step(q_offset, *inputs):
+        return nsa.nsa_attention(*inputs, **SIZES, q_offset=q_offset, backend="triton")[0]
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    offset = torch.tensor(40, device=DEVICE)
+    torch.testing.assert_close(compiled(offset, *inputs), step(offset, *inputs))
 
 
 def test_compiles_for_hopper():
@@ -189,7 +230,7 @@ for B, T, HQ, H, D, DV, dtype, q_offset in (
         return torch.empty(B, H, length, dim, dtype=dtype).transpose(1, 2)
     q, gates = torch.empty(B, T, HQ, D, dtype=dtype), torch.empty(B, T, HQ, 3, dtype=dtype).unbind(-1)
     pairs = [keys(length, dim) for length in (65536, 4096, 512 + T) for dim in (D, DV)]
-    decode.nsa_attention(q, *pairs, *gates, **sizes, window_size=512, q_offset=q_offset)
+    decode.decode_attention(q, *pairs, *gates, **sizes, window_size=512, q_offset=q_offset)
 """)
     assert len(launches) == 24
     for launch in launches:

@@ -17,10 +17,11 @@ from .interface import (
     window_attention,
 )
 from .reference import compressed_cu_seqlens, fold_importance, num_compressed_blocks
-from .validation import check_sizes
+from .validation import MAX_DECODE_QUERIES, check_sizes
 
 __all__ = [
     "BACKENDS",
+    "MAX_DECODE_QUERIES",
     "check_sizes",
     "compress_mean",
     "compress_mlp",

@@ -36,11 +36,11 @@ from .triton_common import (
     softmax_step,
     store_pair,
 )
+from .validation import MAX_DECODE_QUERIES
 from .window import _query_rows, _tiles
 
-__all__ = ["MAX_QUERIES", "nsa_attention"]
+__all__ = ["decode_attention"]
 
-MAX_QUERIES = 16
 # Programs of a launch for each multiprocessor.
 _WAVES = 2
 # Splits of one branch: the kernels that join them hold their statistics at once.
@@ -53,8 +53,7 @@ _JOINED = 4096
 _VARYING = ["q_offset", "T", "C", "TW", "S", "tiles", "splits", "all_splits"]
 
 
-@torch.no_grad()
-def nsa_attention(
+def decode_attention(
     q,
     k,
     v,
@@ -76,7 +75,9 @@ def nsa_attention(
     scale=None,
     leftpad=None,
     q_offset=0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    cu_seqlens=None,
+    return_weights=False,
+) -> tuple[torch.Tensor, torch.Tensor, None]:
     """Native Sparse Attention (eq. 5) of few queries; see `reference.nsa_attention`.
 
     Args:
@@ -87,17 +88,42 @@ def nsa_attention(
         q_offset: int, or an int tensor `[]` or `[B]` on the device of `q`.
 
     Returns:
-        o `[B, T, HQ, DV]` in the dtype of `q`, and block_indices int32 `[B, T, H, n]`.
+        o `[B, T, HQ, DV]` in the dtype of `q`, block_indices int32 `[B, T, H, n]`, and None.
 
     Raises:
-        NotImplementedError: More than 16 queries, `scale` <= 0, or a dtype, head dim or block size without a kernel.
+        NotImplementedError: More than 16 queries, packed sequences, `return_weights`, `scale` <= 0, or a dtype, head
+            dim or block size without a kernel.
     """
+    if q.shape[1] > MAX_DECODE_QUERIES or cu_seqlens is not None:
+        given = f"{q.shape[1]} queries" if cu_seqlens is None else "packed sequences"
+        raise NotImplementedError(
+            f"The decode kernels take at most {MAX_DECODE_QUERIES} queries a row, got {given}; use `nsa_attention`."
+        )
+    if return_weights:
+        raise NotImplementedError("`return_weights` is not computed by the Triton kernels; use backend='reference'.")
     scale = check_inputs(q, k_cmp, v_cmp, scale)
+    tensor = isinstance(q_offset, torch.Tensor)
+    compute = _OPERATION if torch.compiler.is_compiling() else _compute  # one node of a compiled graph
+    return *compute(
+        q, k, v, k_cmp, v_cmp, k_win, v_win, g_cmp, g_slc, g_win, leftpad, 0 if tensor else q_offset,
+        q_offset if tensor else None, compress_block_size, compress_stride, select_block_size, num_selected_blocks,
+        num_initial_blocks, num_local_blocks, window_size, scale,
+    ), None  # fmt: skip
+
+
+def _allocate(q, v, num_selected_blocks):
+    B, T, H = *q.shape[:2], v.shape[2]
+    o = q.new_empty(*q.shape[:-1], v.shape[-1])
+    return o, torch.empty(B, T, H, num_selected_blocks, dtype=torch.int32, device=q.device)
+
+
+def _compute(
+    q, k, v, k_cmp, v_cmp, k_win, v_win, g_cmp, g_slc, g_win, leftpad, q_offset, q_offset_tensor,
+    compress_block_size, compress_stride, select_block_size, num_selected_blocks, num_initial_blocks,
+    num_local_blocks, window_size, scale,
+):  # fmt: skip
     (B, T, HQ, D), (H, DV) = q.shape, v.shape[2:]
-    if T > MAX_QUERIES:
-        raise NotImplementedError(f"Decoding takes at most {MAX_QUERIES} queries a row, got {T}.")
-    o = q.new_empty(B, T, HQ, DV)
-    block_indices = torch.empty(B, T, H, num_selected_blocks, dtype=torch.int32, device=q.device)
+    o, block_indices = _allocate(q, v, num_selected_blocks)
     if not o.numel():
         return o, block_indices
     q, k, v, k_cmp, v_cmp, k_win, v_win = (
@@ -124,13 +150,14 @@ def nsa_attention(
     # every head's importances, each tile of them relative to its peak
     imp, peak, joined = floats(B, T, HQ, S), floats(B, T, HQ, tiles), floats(B, T, H, S)
 
+    by_tensor = q_offset_tensor is not None
     where = {
-        "q_offset": q_offset,
+        "q_offset": q_offset_tensor if by_tensor else q_offset,
         "leftpad_ptr": None if leftpad is None else leftpad.contiguous(),
-        "stride_offset": 1 if isinstance(q_offset, torch.Tensor) and q_offset.numel() > 1 else 0,
+        "stride_offset": q_offset_tensor.stride(0) if by_tensor and q_offset_tensor.dim() else 0,
         "T": T,
         "HQ": HQ,
-        "OFFSET": isinstance(q_offset, torch.Tensor),
+        "OFFSET": by_tensor,
         "LEFTPAD": leftpad is not None,
     }
     shapes = {"G": G, **head_dims(q, "D"), **head_dims(v, "DV"), "PRECISION": precision(q.dtype), "scale": scale}
@@ -163,6 +190,18 @@ def nsa_attention(
         enable_fp_fusion=True,
     )  # fmt: skip
     return o, block_indices
+
+
+_OPERATION = torch.library.custom_op(
+    f"{__package__.replace('.', '_')}::decode_attention",
+    _compute,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor k_cmp, Tensor v_cmp, Tensor k_win, Tensor v_win, Tensor g_cmp, "
+    "Tensor g_slc, Tensor g_win, Tensor? leftpad, SymInt q_offset, Tensor? q_offset_tensor, int compress_block_size, "
+    "int compress_stride, int select_block_size, int num_selected_blocks, int num_initial_blocks, "
+    "int num_local_blocks, int window_size, float scale) -> (Tensor, Tensor)",
+)
+_OPERATION.register_fake(lambda q, k, v, *rest: _allocate(q, v, rest[-5]))
 
 
 @functools.cache

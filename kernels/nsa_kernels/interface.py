@@ -19,7 +19,7 @@ import torch
 
 from . import reference
 from .availability import triton_error
-from .validation import check_layout, check_sizes, check_tensors
+from .validation import MAX_DECODE_QUERIES, check_layout, check_sizes, check_tensors
 
 __all__ = [
     "BACKENDS",
@@ -54,16 +54,19 @@ def resolve_backend(
     *,
     q_offset: int | torch.Tensor = 0,
     return_weights: bool = False,
+    operation: str = "nsa_attention",
 ) -> str:
     """Name of the implementation that `backend` stands for.
 
-    "auto" takes the kernels for CUDA tensors in bf16, fp16 or fp32, head dims up to 256, an int `q_offset` and no
-    `return_weights`; a tensor `q_offset` belongs to decoding with a static cache.
+    "auto" takes the kernels for CUDA tensors in bf16, fp16 or fp32, head dims up to 256 and no `return_weights`. Where
+    `q_offset` is a tensor, as in decoding with a static cache, they are the decode kernels: `nsa_attention` of at most
+    16 queries, without gradients.
 
     Args:
         backend: "auto", "triton" or "reference".
         q: Queries; default: what the current device would run.
         q_offset, return_weights: As given to the operation.
+        operation: Its name.
 
     Returns:
         "triton" or "reference".
@@ -87,11 +90,21 @@ def resolve_backend(
         device.type == "cuda"
         and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and q.shape[-1] <= 256
-        and not isinstance(q_offset, torch.Tensor)
+        and (not isinstance(q_offset, torch.Tensor) or (operation == "nsa_attention" and _few(q)))
         and not return_weights
         and triton_error(device) is None
     )
     return "triton" if takes else "reference"
+
+
+def _few(q) -> bool:
+    return q.dim() == 4 and q.shape[1] <= MAX_DECODE_QUERIES and not torch.is_grad_enabled()
+
+
+def _decodes(q, k, *tensors, q_offset=0, cu_seqlens=None, **rest) -> bool:
+    """Whether the decode kernels serve `nsa_attention`: few queries with a past, no gradient."""
+    past = isinstance(q_offset, torch.Tensor) or q.shape[1] < k.shape[1]
+    return cu_seqlens is None and past and _few(q)
 
 
 def _public(name: str, check: Callable) -> Callable:
@@ -106,8 +119,9 @@ def _public(name: str, check: Callable) -> Callable:
         implementation = specification
         if name in _TRITON_OPERATIONS:
             choice = {name: kwargs[name] for name in ("q_offset", "return_weights") if name in kwargs}
-            if resolve_backend(backend, args[0] if args else kwargs["q"], **choice) == "triton":
-                implementation = _triton(name)
+            if resolve_backend(backend, args[0] if args else kwargs["q"], **choice, operation=name) == "triton":
+                decodes = name == "nsa_attention" and _decodes(*args, **kwargs)
+                implementation = _triton("decode_attention" if decodes else name)
         elif backend not in BACKENDS:
             raise ValueError(f"`backend` must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
         return implementation(*args, **kwargs)
@@ -122,11 +136,14 @@ def _triton(name):
     # imported on first use: importing this package never imports triton
     from .attention import nsa_attention
     from .compressed import compressed_attention
+    from .decode import decode_attention
     from .selected import selected_attention
     from .selection import select_blocks
     from .window import window_attention
 
-    operations = (compressed_attention, nsa_attention, select_blocks, selected_attention, window_attention)
+    operations = (
+        compressed_attention, decode_attention, nsa_attention, select_blocks, selected_attention, window_attention
+    )  # fmt: skip
     return {operation.__name__: operation for operation in operations}[name]
 
 

@@ -14,9 +14,9 @@ Symbols
 Layout
     Tensors are `[B, T, H, D]`; with `cu_seqlens` (int, `[N + 1]`) they are packed, `[T, H, D]`, and every sequence is
     computed alone. `leftpad` (int, `[B]`, default 0) counts the padding slots before a row's first real token. The
-    first query sits in slot `q_offset` (int or 0-dim tensor, default 0). The position of a token is its slot minus
-    `leftpad`: blocks are counted from the first real token. A query at a negative position is padding: output 0, lse
-    -inf.
+    first query sits in slot `q_offset` (int, or an int tensor `[]` or `[B]`, default 0). The position of a token is its
+    slot minus `leftpad`: blocks are counted from the first real token. A query at a negative position is padding:
+    output 0, lse -inf.
 
 Softmax and its statistics are computed in fp32 (fp64 for fp64 inputs); lse is log Σ exp of the scaled scores, natural.
 Queries are worked through in chunks; with gradients each chunk is recomputed in the backward pass, so that memory
@@ -491,7 +491,7 @@ def nsa_attention(
         num_local_blocks, window_size: l, d, l', n and w of the paper, and the forced blocks.
         scale: Factor of the scores, default `D ** -0.5`.
         leftpad: int `[B]`, padding slots before each row's first real token.
-        q_offset: int or 0-dim tensor.
+        q_offset: int, or an int tensor `[]` or `[B]`.
         cu_seqlens: int `[N + 1]`; all tensors are then packed, without the batch dimension.
         return_weights: See `selected_attention`.
 
@@ -532,8 +532,9 @@ def nsa_attention(
 
 def _positions(x, start, stop, leftpad, q_offset):
     """Positions of the queries `start … stop - 1`: int64 `[B or 1, stop - start]`."""
-    slots = torch.arange(start, stop, device=x.device) + q_offset
-    return slots[None] if leftpad is None else slots - leftpad[:, None].long()
+    first = q_offset.reshape(-1, 1) if isinstance(q_offset, torch.Tensor) else q_offset
+    slots = torch.arange(start, stop, device=x.device)[None] + first
+    return slots if leftpad is None else slots - leftpad[:, None].long()
 
 
 def _complete_blocks(q, blocks, start, stop, compress_block_size, compress_stride, leftpad, q_offset):

@@ -4,7 +4,10 @@
 
 import torch
 
-__all__ = ["check_layout", "check_sizes", "check_tensors"]
+__all__ = ["MAX_DECODE_QUERIES", "check_layout", "check_sizes", "check_tensors"]
+
+# New queries a row that the decode kernels take.
+MAX_DECODE_QUERIES = 16
 
 
 def check_sizes(
