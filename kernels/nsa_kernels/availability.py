@@ -32,7 +32,7 @@ def triton_error(device: torch.device | str | None = None) -> str | None:
         )
     if device is not None and torch.device(device).type != "cuda":
         return f"the inputs are on {torch.device(device)}, and the kernels run on CUDA devices."
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"the kernels need compute capability 8.0 or newer, and this device has {major}.{minor}."
+    found = torch.cuda.get_device_properties(device)  # which torch.compile takes for a constant
+    if found.major < 8:
+        return f"the kernels need compute capability 8.0 or newer, and this device has {found.major}.{found.minor}."
     return None
