@@ -96,8 +96,10 @@ def test_packed_sequences():
     check(0, 1, 4, 16, 16, 3, 16, lengths=(1, 39, 1, 17))
 
 
-def test_negative_scale():
-    check(20, 1, 2, 16, 16, 2, 16, scale=-0.3)
+def test_refuses_a_negative_scale():
+    q, k, v = make_qkv(20, 20, 1, 2, 16, 16)
+    with pytest.raises(NotImplementedError, match=r"`scale` must be > 0 for the Triton kernels, got -0\.3"):
+        selected.selected_attention(q, k, v, choose((1, 20, 1, 2), 2), select_block_size=16, scale=-0.3)
 
 
 def test_extreme_logits():
@@ -174,8 +176,8 @@ def test_gate_and_gradient_of_other_branches():
     want = torch.autograd.grad(o * gate[..., None], (q, k, v), do)
     layout = Layout(q)
     q, k, v, gate = (x.detach() for x in (q, k, v, gate))
-    o, lse, union = selected.selected_forward(q, k, v, indices, layout, 16, 0.25)
-    arguments = (do, q, k, v, indices, lse, gate * (o * do).sum(-1), union, layout, 16, 0.25)
+    o, lse = selected.selected_forward(q, k, v, indices, 16, 0.25, layout)
+    arguments = (do, q, k, v, indices, lse, gate * (o * do).sum(-1), 16, 0.25, layout)
     got = selected.selected_backward(*arguments, gate=gate)
     other = torch.randn_like(q)
     total, *_ = selected.selected_backward(*arguments, gate=gate, dq=other.clone())
@@ -211,8 +213,8 @@ from nsa_kernels.triton_common import Layout
 q, k, v = (torch.empty(1, 4096, h, d, dtype=torch.bfloat16) for h, d in
            (({heads * groups}, {dim}), ({heads}, {dim}), ({heads}, {v_dim})))
 indices = torch.empty(1, 4096, {heads}, 16, dtype=torch.int32)
-o, lse, union = selected_forward(q, k, v, indices, Layout(q), 64, 0.1)
-selected_backward(o, q, k, v, indices, lse, lse, union, Layout(q), 64, 0.1)
+o, lse = selected_forward(q, k, v, indices, 64, 0.1, Layout(q))
+selected_backward(o, q, k, v, indices, lse, lse, 64, 0.1, Layout(q))
 """)
     assert {"_forward_kernel", "_dq_kernel", "_dkdv_kernel"} <= {launch["kernel"] for launch in launches}
     for launch in launches:

@@ -82,8 +82,10 @@ def test_packed_sequences():
     check(0, 1, 4, 16, 16, 33, lengths=(1, 39, 1, 64, 17))
 
 
-def test_negative_scale():
-    check(20, 1, 2, 16, 16, 7, scale=-0.3)
+def test_refuses_a_negative_scale():
+    q, k, v = make_qkv(20, 20, 1, 2, 16, 16)
+    with pytest.raises(NotImplementedError, match=r"`scale` must be > 0 for the Triton kernels, got -0\.3"):
+        window.window_attention(q, k, v, window_size=7, scale=-0.3)
 
 
 def test_extreme_logits():
@@ -124,11 +126,11 @@ def test_gate_and_gradient_of_other_branches():
     want = torch.autograd.grad(o * gate[..., None], (q, k, v), do)
     layout = Layout(q)
     q, k, v, gate = (x.detach() for x in (q, k, v, gate))
-    o, lse, _ = window.window_forward(q, k, v, layout, 20, 0.25)
+    o, lse, _ = window.window_forward(q, k, v, 20, 0.25, layout)
     delta = gate * (o * do).sum(-1)
-    got = window.window_backward(do, q, k, v, lse, delta, layout, 20, 0.25, gate=gate)
+    got = window.window_backward(do, q, k, v, lse, delta, 20, 0.25, layout, gate=gate)
     other = torch.randn_like(q)
-    total, *_ = window.window_backward(do, q, k, v, lse, delta, layout, 20, 0.25, gate=gate, dq=other.clone())
+    total, *_ = window.window_backward(do, q, k, v, lse, delta, 20, 0.25, layout, gate=gate, dq=other.clone())
     for a, b in zip((*got, total), (*want, want[0] + other)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -141,8 +143,8 @@ from nsa_kernels.triton_common import Layout
 from nsa_kernels.window import window_backward, window_forward
 q, k, v = (torch.empty(1, 4096, h, d, dtype=torch.bfloat16) for h, d in
            (({heads * groups}, {dim}), ({heads}, {dim}), ({heads}, {v_dim})))
-o, lse, _ = window_forward(q, k, v, Layout(q), 512, 0.1)
-window_backward(o, q, k, v, lse, lse, Layout(q), 512, 0.1)
+o, lse, _ = window_forward(q, k, v, 512, 0.1, Layout(q))
+window_backward(o, q, k, v, lse, lse, 512, 0.1, Layout(q))
 """)
     assert {"_forward_kernel", "_dq_kernel", "_dkdv_kernel"} <= {launch["kernel"] for launch in launches}
     for launch in launches:

@@ -43,8 +43,8 @@ import nsa_kernels as nsa
 # (launcher of `nsa_kernels.attention`, begin of the kernel's name, part); the first that fits.
 PARTS = [
     ("compressed_forward", "", "compressed"),
-    ("select_blocks", "_score", "scores"),
-    ("select_blocks", "_topn", "top-n"),
+    ("chosen_blocks", "_score", "scores"),
+    ("chosen_blocks", "_topn", "top-n"),
     ("selected_forward", "_forward", "selected"),
     ("selected_forward", "", "lists"),
     ("window_forward", "", "window, gated sum"),

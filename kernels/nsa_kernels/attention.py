@@ -10,16 +10,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .compressed import check_inputs, compressed_backward, compressed_forward
+from .compressed import compressed_backward, compressed_forward
+from .library import define_attention
 from .selected import selected_backward, selected_forward
-from .selection import select_blocks
-from .triton_common import Layout, cdiv, empty_values, load_pair, next_power_of_2, store_pair
+from .selection import chosen_blocks, empty_choice
+from .triton_common import cdiv, check_inputs, empty_values, load_pair, next_power_of_2, store_pair
 from .window import window_backward, window_forward
 
 __all__ = ["nsa_attention"]
 
 
-@torch.compiler.disable
 def nsa_attention(
     q,
     k,
@@ -56,64 +56,73 @@ def nsa_attention(
     """
     if return_weights:
         raise NotImplementedError("`return_weights` is not computed by the Triton kernels; use backend='reference'.")
-    scale = check_inputs(q, k_cmp, v_cmp, scale)
-    layout = Layout(q, leftpad, q_offset, cu_seqlens)
-    compression = {"compress_block_size": compress_block_size, "compress_stride": compress_stride}
-    sizes = {
-        "select_block_size": select_block_size,
-        "num_selected_blocks": num_selected_blocks,
-        "num_initial_blocks": num_initial_blocks,
-        "num_local_blocks": num_local_blocks,
-        "num_blocks": None if layout.packed else -(-k.shape[1] // select_block_size),
-        "leftpad": leftpad,
-        "q_offset": q_offset,
-        "cu_seqlens": cu_seqlens,
-    }
+    scale = check_inputs(q, scale, q_offset, k=k, v=v, k_cmp=k_cmp, v_cmp=v_cmp, k_win=k_win, v_win=v_win)
+    sizes = (compress_block_size, compress_stride, select_block_size, num_selected_blocks)
+    sizes += (num_initial_blocks, num_local_blocks, window_size, scale)
     tensors = (q, k, v, k_cmp, v_cmp, k_win, v_win, g_cmp, g_slc, g_win)
-    return *_NSAAttention.apply(*tensors, layout, scale, window_size, compression, sizes), None
+    o, block_indices, *_ = _operation(*tensors, *sizes, leftpad, q_offset, cu_seqlens)
+    return o, block_indices, None
 
 
-class _NSAAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, q, k, v, k_cmp, v_cmp, k_win, v_win, g_cmp, g_slc, g_win, layout, scale, window_size, compression, sizes
-    ):
-        compression_sizes = tuple(compression.values())
-        o_cmp, lse_cmp = compressed_forward(q, k_cmp, v_cmp, layout, *compression_sizes, scale)
-        block_indices = select_blocks(q, k_cmp, lse_cmp, scale=scale, **compression, **sizes)
-        select_block_size = sizes["select_block_size"]
-        o_slc, lse_slc, union = selected_forward(q, k, v, block_indices, layout, select_block_size, scale)
-        branches = (o_cmp, o_slc, g_cmp, g_slc, g_win)
-        o_win, lse_win, o = window_forward(q, k_win, v_win, layout, window_size, scale, branches)
-        ctx.save_for_backward(
-            q, k, v, k_cmp, v_cmp, k_win, v_win, g_cmp, g_slc, g_win,
-            o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, block_indices, *union,
-        )  # fmt: skip
-        ctx.layout, ctx.scale, ctx.window_size = layout, scale, window_size
-        ctx.compression_sizes, ctx.select_block_size = compression_sizes, select_block_size
-        ctx.mark_non_differentiable(block_indices)
-        return o, block_indices
+def _forward(
+    q, k, v, k_cmp, v_cmp, k_win, v_win, g_cmp, g_slc, g_win,
+    compress_block_size, compress_stride, select_block_size, num_selected_blocks, num_initial_blocks, num_local_blocks,
+    window_size, scale, layout,
+):  # fmt: skip
+    compression = (compress_block_size, compress_stride)
+    forced = (num_initial_blocks, num_local_blocks)
+    S = cdiv(k.shape[0] if layout.packed else k.shape[1], select_block_size)
+    o_cmp, lse_cmp = compressed_forward(q, k_cmp, v_cmp, *compression, scale, layout)
+    block_indices = chosen_blocks(
+        q, k_cmp, lse_cmp, S, *compression, select_block_size, num_selected_blocks, *forced, scale, layout
+    )
+    o_slc, lse_slc = selected_forward(q, k, v, block_indices, select_block_size, scale, layout)
+    branches = (o_cmp, o_slc, g_cmp, g_slc, g_win)
+    o_win, lse_win, o = window_forward(q, k_win, v_win, window_size, scale, layout, branches)
+    return o, block_indices, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win
 
-    @staticmethod
-    def backward(ctx, do, _):
-        q, k, v, k_cmp, v_cmp, k_win, v_win, g_cmp, g_slc, g_win, *rest = ctx.saved_tensors
-        o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, block_indices, *union = rest
-        layout, scale = ctx.layout, ctx.scale
 
-        gates = (g_cmp, g_slc, g_win)
-        do_cmp, deltas, (gate_slc, gate_win), dgates = _prepare(do, (o_cmp, o_slc, o_win), gates, layout)
-        dq, dk_cmp, dv_cmp = compressed_backward(
-            q, k_cmp, v_cmp, do_cmp, lse_cmp, deltas[0], layout, *ctx.compression_sizes, scale
-        )
-        del do_cmp  # as large as q
-        dq, dk, dv = selected_backward(
-            do, q, k, v, block_indices, lse_slc, deltas[1], union, layout, ctx.select_block_size, scale,
-            gate=gate_slc, dq=dq,
-        )  # fmt: skip
-        dq, dk_win, dv_win = window_backward(
-            do, q, k_win, v_win, lse_win, deltas[2], layout, ctx.window_size, scale, gate=gate_win, dq=dq
-        )
-        return dq, dk, dv, dk_cmp, dv_cmp, dk_win, dv_win, *dgates, None, None, None, None, None
+def _backward(
+    do, q, k, v, k_cmp, v_cmp, k_win, v_win, g_cmp, g_slc, g_win,
+    block_indices, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win,
+    compress_block_size, compress_stride, select_block_size, num_selected_blocks, num_initial_blocks, num_local_blocks,
+    window_size, scale, layout,
+):  # fmt: skip
+    do_cmp, (delta_cmp, delta_slc, delta_win), (gate_slc, gate_win), dgates = _prepare(
+        do, (o_cmp, o_slc, o_win), (g_cmp, g_slc, g_win), layout
+    )
+    dq, dk_cmp, dv_cmp = compressed_backward(
+        do_cmp, q, k_cmp, v_cmp, lse_cmp, delta_cmp, compress_block_size, compress_stride, scale, layout
+    )
+    del do_cmp  # as large as q
+    dq, dk, dv = selected_backward(
+        do, q, k, v, block_indices, lse_slc, delta_slc, select_block_size, scale, layout, gate=gate_slc, dq=dq
+    )
+    dq, dk_win, dv_win = window_backward(
+        do, q, k_win, v_win, lse_win, delta_win, window_size, scale, layout, gate=gate_win, dq=dq
+    )
+    return dq, dk, dv, dk_cmp, dv_cmp, dk_win, dv_win, *dgates
+
+
+def _allocate(q, k, v, k_cmp, v_cmp, k_win, v_win, g_cmp, g_slc, g_win, *sizes):
+    outputs = [q.new_empty(*q.shape[:-1], v.shape[-1]) for _ in range(4)]
+    lse = (empty_values(q.shape[:-1], q.device, by_head=by_head) for by_head in (True, False, True))
+    return outputs[0], empty_choice(q, k_cmp, sizes[3]), *outputs[1:], *lse
+
+
+_operation = define_attention(
+    "nsa_attention",
+    "q k v k_cmp v_cmp k_win v_win g_cmp g_slc g_win",
+    "int compress_block_size, int compress_stride, int select_block_size, int num_selected_blocks, "
+    "int num_initial_blocks, int num_local_blocks, int window_size, float scale",
+    "o block_indices o_cmp o_slc o_win lse_cmp lse_slc lse_win",
+    _forward,
+    _backward,
+    _allocate,
+    learned=10,
+    graded=1,
+    kept=slice(1, None),
+)
 
 
 def _prepare(do, outputs, gates, layout):

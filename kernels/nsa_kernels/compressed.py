@@ -11,19 +11,23 @@ import torch
 import triton
 import triton.language as tl
 
+from .library import define_attention
 from .reference import compressed_cu_seqlens
 from .triton_common import (
     LOG2E,
     NEGATIVE,
-    Layout,
     add_product,
     cdiv,
+    check_inputs,
     describe,
     dot_pair,
+    empty_outputs,
     empty_pair,
+    like,
     load_pair,
     load_tile,
     locate,
+    next_power_of_2,
     precision,
     row_delta,
     softmax_end,
@@ -69,50 +73,8 @@ def compressed_attention(
     Raises:
         NotImplementedError: `q_offset` is a tensor, `scale` <= 0, or a dtype or head dim without a kernel.
     """
-    layout = Layout(q, leftpad, q_offset, cu_seqlens)
-    scale = check_inputs(q, k_cmp, v_cmp, scale)
-    return _CompressedAttention.apply(q, k_cmp, v_cmp, layout, compress_block_size, compress_stride, scale)
-
-
-def check_inputs(q, k_cmp, v_cmp, scale):
-    """The scale; arguments without a kernel are refused by name."""
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not scale > 0:
-        raise NotImplementedError(f"`scale` must be > 0 for the Triton kernels, got {scale}; use backend='reference'.")
-    for name, x in (("q", q), ("k_cmp", k_cmp), ("v_cmp", v_cmp)):
-        if x is None:
-            continue
-        if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or x.dtype != q.dtype:
-            raise NotImplementedError(
-                f"`{name}` must be bfloat16, float16 or float32, and of the dtype of `q`, for the Triton kernels, got "
-                f"{x.dtype}; use backend='reference'."
-            )
-        if x.shape[-1] > 256:
-            raise NotImplementedError(
-                f"`{name}` must have a head dim of at most 256 for the Triton kernels, got {x.shape[-1]}; use "
-                "backend='reference'."
-            )
-    return scale
-
-
-class _CompressedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k_cmp, v_cmp, layout, compress_block_size, compress_stride, scale):
-        sizes = (compress_block_size, compress_stride, scale)
-        o, lse = compressed_forward(q, k_cmp, v_cmp, layout, *sizes)
-        ctx.save_for_backward(q, k_cmp, v_cmp, o, lse)
-        ctx.layout, ctx.sizes = layout, sizes
-        ctx.set_materialize_grads(False)
-        return o, lse
-
-    @staticmethod
-    def backward(ctx, do, dlse):
-        q, k_cmp, v_cmp, o, lse = ctx.saved_tensors
-        if do is None and dlse is None:
-            return (None,) * 7
-        do = torch.zeros_like(o) if do is None else do
-        delta = row_delta(ctx.layout, o, do, dlse, by_head=True)
-        return *compressed_backward(q, k_cmp, v_cmp, do, lse, delta, ctx.layout, *ctx.sizes), *(None,) * 4
+    scale = check_inputs(q, scale, q_offset, k_cmp=k_cmp, v_cmp=v_cmp)
+    return _attention(q, k_cmp, v_cmp, compress_block_size, compress_stride, scale, leftpad, q_offset, cu_seqlens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,20 +82,19 @@ class _CompressedAttention(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def compressed_forward(q, k_cmp, v_cmp, layout, compress_block_size, compress_stride, scale):
-    """Outputs of `compressed_attention`, without autograd; `lse` is a view of a `[B, HQ, T]` buffer."""
+def compressed_forward(q, k_cmp, v_cmp, compress_block_size, compress_stride, scale, layout):
+    """Outputs of `compressed_attention`, without autograd; the values of a head of `lse` lie side by side."""
     HQ, D, DV = *q.shape[-2:], v_cmp.shape[-1]
-    o = q.new_empty(*q.shape[:-1], DV)
-    lse = torch.empty(layout.B, HQ, layout.T, dtype=torch.float32, device=q.device).transpose(1, 2)
+    o, lse = empty_outputs(q, v_cmp, by_head=True)
     config = _row_config(D, DV, q.dtype, backward=False)
     tiles = layout.tiles(config["BLOCK_M"])
-    q, k, v, o_rows = (layout.rows(x) for x in (q, k_cmp, v_cmp, o))
+    q, k, v, o_rows, b_lse = map(layout.rows, (q, k_cmp, v_cmp, o, lse[..., None]))
     if not k.numel():
         o.zero_()
         lse.fill_(float("-inf"))
     elif o.numel():
         _forward_kernel[(HQ, tiles, layout.B)](
-            q, o_rows, lse, *strides(q, o_rows, lse),
+            q, o_rows, b_lse, *strides(q, o_rows, b_lse),
             **describe("k", k, config["BLOCK_N"]), **describe("v", v, config["BLOCK_N"]),
             map_ptr=layout.map(config["BLOCK_M"]),
             cu_k_ptr=cu_blocks(layout, compress_block_size, compress_stride),
@@ -141,11 +102,11 @@ def compressed_forward(q, k_cmp, v_cmp, layout, compress_block_size, compress_st
             C=k.shape[1], scale=scale, tiles=tiles,
             **_shapes(q, k, v, compress_block_size, compress_stride), **config,
         )  # fmt: skip
-    return o, lse[0] if layout.packed else lse
+    return o, lse
 
 
 def compressed_backward(
-    q, k_cmp, v_cmp, do, lse, delta, layout, compress_block_size, compress_stride, scale
+    do, q, k_cmp, v_cmp, lse, delta, compress_block_size, compress_stride, scale, layout
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `compressed_attention`.
 
@@ -158,9 +119,9 @@ def compressed_backward(
         dq, dk_cmp, dv_cmp in the shapes and dtypes of q, k_cmp, v_cmp.
     """
     HQ, D, DV, G = *q.shape[-2:], v_cmp.shape[-1], q.shape[-2] // k_cmp.shape[-2]
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    (dq,) = like(q)
     q, k, v, do, dq_rows = (layout.rows(x) for x in (q, k_cmp, v_cmp, do, dq))
-    lse, delta = (x[None] if layout.packed else x for x in (lse, delta))
+    lse, delta = map(layout.head_values, (lse, delta))
     B, C = k.shape[:2]
     cu_k = cu_blocks(layout, compress_block_size, compress_stride)
     stats = {
@@ -169,44 +130,58 @@ def compressed_backward(
         for dim, stride in zip("bth", x.stride(), strict=True)
     }
     shapes = _shapes(q, k, v, compress_block_size, compress_stride)
-    if not k.numel():
-        dq.zero_()
-    elif dq.numel():
-        config = _row_config(D, DV, q.dtype, backward=True)
-        tiles = layout.tiles(config["BLOCK_M"])
-        _backward_q_kernel[(HQ, tiles, B)](
-            q, do, dq_rows, lse, delta, *strides(q, do, dq_rows),
-            **describe("k", k, config["BLOCK_N"]), **describe("v", v, config["BLOCK_N"]), **stats,
-            map_ptr=layout.map(config["BLOCK_M"]), cu_k_ptr=cu_k, **layout.where(),
-            C=C, scale=scale, tiles=tiles, **shapes, **config,
-        )  # fmt: skip
+    dk_cmp, dv_cmp = like(k_cmp, v_cmp)
+    if not k.numel() or not dq.numel():
+        return dq.zero_(), dk_cmp.zero_(), dv_cmp.zero_()
+    config = _row_config(D, DV, q.dtype, backward=True)
+    tiles = layout.tiles(config["BLOCK_M"])
+    _backward_q_kernel[(HQ, tiles, B)](
+        q, do, dq_rows, lse, delta, *strides(q, do, dq_rows),
+        **describe("k", k, config["BLOCK_N"]), **describe("v", v, config["BLOCK_N"]), **stats,
+        map_ptr=layout.map(config["BLOCK_M"]), cu_k_ptr=cu_k, **layout.where(),
+        C=C, scale=scale, tiles=tiles, **shapes, **config,
+    )  # fmt: skip
 
     # one partial gradient per query head: enough programs at any G, and a sum in fixed order
-    dtype = q.dtype if G == 1 else torch.float32
     allocate = torch.zeros if layout.packed else torch.empty  # packed: rows behind the last sequence have no program
-    dk = allocate(B, HQ, C, D, dtype=dtype, device=q.device)
-    dv = allocate(B, HQ, C, DV, dtype=dtype, device=q.device)
-    if not dq.numel():
-        dk.zero_()
-        dv.zero_()
-    elif k.numel():
-        config, together = _block_config(D, DV, q.dtype)
-        tile = config["BLOCK_N"]
-        tiles = C // tile + layout.N if layout.packed else cdiv(C, tile)
-        map_ptr = tile_map(cu_k, tile, C) if layout.packed else None
-        for want_dk, want_dv in ((True, True),) if together else ((True, False), (False, True)):
-            _backward_kv_kernel[(HQ, tiles, B)](
-                k, v, dk, dv, lse, delta, *strides(k, v),
-                **describe("q", q, config["BLOCK_M"]), **describe("do", do, config["BLOCK_M"]), **stats,
-                map_ptr=map_ptr, cu_k_ptr=cu_k, **layout.where(), C=C, scale=scale,
-                WANT_DK=want_dk, WANT_DV=want_dv, **shapes, **config,
-            )  # fmt: skip
-    grads = []
-    for partial, like in ((dk, k_cmp), (dv, v_cmp)):
-        grad = partial if G == 1 else partial.unflatten(1, (-1, G)).sum(2)
-        grad = grad.transpose(1, 2).to(like.dtype)
-        grads.append(grad[0] if layout.packed else grad)
-    return dq, *grads
+    part_k, part_v = (allocate(B, HQ, C, x, dtype=torch.float32, device=q.device).transpose(1, 2) for x in (D, DV))
+    config, together = _block_config(D, DV, q.dtype)
+    tile = config["BLOCK_N"]
+    tiles = C // tile + layout.N if layout.packed else cdiv(C, tile)
+    map_ptr = tile_map(cu_k, tile, C) if layout.packed else None
+    for want_dk, want_dv in ((True, True),) if together else ((True, False), (False, True)):
+        _backward_kv_kernel[(HQ, tiles, B)](
+            k, v, part_k, part_v, lse, delta, *strides(k, v),
+            **describe("q", q, config["BLOCK_M"]), **describe("do", do, config["BLOCK_M"]), **stats,
+            map_ptr=map_ptr, cu_k_ptr=cu_k, **layout.where(), C=C, scale=scale,
+            WANT_DK=want_dk, WANT_DV=want_dv, **shapes, **config,
+        )  # fmt: skip
+    for part, grad in ((part_k, layout.rows(dk_cmp)), (part_v, layout.rows(dv_cmp))):
+        _sum_heads_kernel[(cdiv(C, 16), k.shape[2], B)](
+            part, grad, *strides(part, grad), C, G=G, D=grad.shape[-1], BLOCK=next_power_of_2(grad.shape[-1]), TILE=16,
+            num_warps=4,
+        )  # fmt: skip
+    return dq, dk_cmp, dv_cmp
+
+
+def _backward(do, dlse, q, k_cmp, v_cmp, o, lse, *sizes):
+    do = torch.zeros_like(o) if do is None else do
+    delta = row_delta(sizes[-1], o, do, dlse, by_head=True)
+    return compressed_backward(do, q, k_cmp, v_cmp, lse, delta, *sizes)
+
+
+_attention = define_attention(
+    "compressed_attention",
+    "q k_cmp v_cmp",
+    "int compress_block_size, int compress_stride, float scale",
+    "o lse",
+    compressed_forward,
+    _backward,
+    lambda q, k_cmp, v_cmp, *_: empty_outputs(q, v_cmp, by_head=True),
+    learned=3,
+    graded=2,
+    kept=slice(2),
+)
 
 
 def strides(*tensors):
@@ -544,3 +519,22 @@ def _backward_kv_kernel(
         store_pair(dk_ptr + part * D + offs_n * D, dk_1 * scale, dk_2, mask_key, D, D1, D2)
     if WANT_DV:
         store_pair(dv_ptr + part * DV + offs_n * DV, dv_1, dv_2, mask_key, DV, DV1, DV2)
+
+
+@triton.jit(do_not_specialize=["C", "stride_ph"])
+def _sum_heads_kernel(
+    part_ptr, grad_ptr, stride_pb, stride_pt, stride_ph, stride_gb, stride_gt, stride_gh, C,
+    G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Sum of what the heads of a group add to a gradient, in fixed order.
+
+    Grid: (tiles of blocks, H, B)
+    """
+    i_head, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    offs = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    part_ptr += i_b * stride_pb + i_head * G * stride_ph
+    total = tl.zeros([TILE, BLOCK], dtype=tl.float32)
+    for g in range(G):
+        part, _ = load_pair(part_ptr + g * stride_ph + offs * stride_pt, offs < C, D, BLOCK, 0, True)
+        total += part
+    store_pair(grad_ptr + i_b * stride_gb + i_head * stride_gh + offs * stride_gt, total, total, offs < C, D, BLOCK, 0)

@@ -131,7 +131,6 @@ def _public(name: str, check: Callable) -> Callable:
     return operation
 
 
-@functools.cache
 def _triton(name):
     # imported on first use: importing this package never imports triton
     from .attention import nsa_attention

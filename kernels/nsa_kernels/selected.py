@@ -14,17 +14,20 @@ import torch
 import triton
 import triton.language as tl
 
+from .library import define_attention
 from .triton_common import (
     LOG2E,
     NEGATIVE,
-    Layout,
     add_dkdv,
     add_dq,
     add_pair,
     cdiv,
+    check_inputs,
     describe,
     dot_pair,
+    empty_outputs,
     empty_pair,
+    like,
     load_pair,
     load_tile,
     locate,
@@ -63,34 +66,13 @@ def selected_attention(
     """Attention to the tokens of the chosen blocks (eq. 11-12); see `reference.selected_attention`.
 
     Raises:
-        NotImplementedError: `return_weights`, or `q_offset` is a tensor.
+        NotImplementedError: `return_weights`, `q_offset` is a tensor, `scale` <= 0, or a dtype or head dim without a
+            kernel.
     """
     if return_weights:
         raise NotImplementedError("`return_weights` is not computed by the Triton kernels; use backend='reference'.")
-    layout = Layout(q, leftpad, q_offset, cu_seqlens)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if scale < 0:
-        q, scale = -q, -scale
-    return _SelectedAttention.apply(q, k, v, block_indices, layout, select_block_size, scale)
-
-
-class _SelectedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, block_indices, layout, select_block_size, scale):
-        o, lse, union = selected_forward(q, k, v, block_indices, layout, select_block_size, scale)
-        ctx.save_for_backward(q, k, v, block_indices, o, lse, *union)
-        ctx.layout, ctx.select_block_size, ctx.scale = layout, select_block_size, scale
-        ctx.set_materialize_grads(False)
-        return o, lse
-
-    @staticmethod
-    def backward(ctx, do, dlse):
-        q, k, v, block_indices, o, lse, *union = ctx.saved_tensors
-        if do is None:
-            do = torch.zeros_like(o)
-        delta = row_delta(ctx.layout, o, do, dlse)
-        where = (ctx.layout, ctx.select_block_size, ctx.scale)
-        return *selected_backward(do, q, k, v, block_indices, lse, delta, union, *where), None, None, None, None
+    scale = check_inputs(q, scale, q_offset, k=k, v=v)
+    return _attention(q, k, v, block_indices, select_block_size, scale, leftpad, q_offset, cu_seqlens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,22 +142,13 @@ def _union_lists(block_indices, keys, layout, select_block_size, tile):
     return blocks, words, counts
 
 
-def selected_forward(q, k, v, block_indices, layout, select_block_size, scale):
-    """Forward pass.
-
-    Args:
-        q, k, v, block_indices: As for `selected_attention`; `layout` describes them.
-        scale: Positive.
-
-    Returns:
-        o, lse, and the union lists (blocks, words, counts), which `selected_backward` takes.
-    """
-    o = q.new_empty(*q.shape[:-1], v.shape[-1])
-    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+def selected_forward(q, k, v, block_indices, select_block_size, scale, layout):
+    """Forward pass: o and lse; `layout` describes the inputs, and `scale` is positive."""
+    o, lse = empty_outputs(q, v)
     q, k, v, block_indices, b_o, b_lse = map(layout.rows, (q, k, v, block_indices, o, lse[..., None]))
     H, n = block_indices.shape[2:]
     tile, heads = _tiles(q.shape[2] // H, n)
-    blocks, words, counts = union = _union_lists(block_indices, k.shape[1], layout, select_block_size, tile)
+    blocks, words, counts = _union_lists(block_indices, k.shape[1], layout, select_block_size, tile)
     groups = cdiv(q.shape[2] // H, heads)
     if q.numel():
         config = _forward_config(q, v, select_block_size)
@@ -185,7 +158,7 @@ def selected_forward(q, k, v, block_indices, layout, select_block_size, scale):
             **layout.where(), TK=k.shape[1], scale=scale, H=H, capacity=blocks.shape[-1], TILE=tile, GT=heads,
             GROUPS=groups, **_shape_arguments(q, k, v, select_block_size), **config,
         )  # fmt: skip
-    return o, lse, union
+    return o, lse
 
 
 def _forward_config(q, v, select_block_size):
@@ -217,15 +190,13 @@ def _dkdv_config(q, v, select_block_size):
     return {"BLOCK_M": 32, "BLOCK_N": _key_tile(select_block_size, keys), **config}
 
 
-def selected_backward(
-    do, q, k, v, block_indices, lse, delta, union, layout, select_block_size, scale, *, gate=None, dq=None
-):
+def selected_backward(do, q, k, v, block_indices, lse, delta, select_block_size, scale, layout, *, gate=None, dq=None):
     """Backward pass.
 
     Args:
         do: Gradient of o, or with a gate of `gate · o`.
         q, k, v, block_indices, layout, select_block_size, scale: As given to `selected_forward`.
-        lse, union: What it returned.
+        lse: What it returned.
         delta: fp32 `[B, T, HQ]`, of `row_delta`.
         gate: `[B, T, HQ]` or None.
         dq: Contiguous gradient of q by other branches, to which this one is added in place, or None.
@@ -234,16 +205,15 @@ def selected_backward(
         dq, dk, dv in the dtypes of q, k, v.
     """
     add = dq is not None
-    dq = dq if add else torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+    dq = dq if add else like(q)[0]
+    dk, dv = like(k, v)
     if layout.leftpad is not None:  # no block holds the padding
         dk.zero_(), dv.zero_()
     q, k, v, block_indices, do, b_dq, b_dk, b_dv = map(layout.rows, (q, k, v, block_indices, do, dq, dk, dv))
     lse, delta, gate = map(layout.row_values, (lse, delta, gate))
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
-    n = block_indices.shape[-1]
-    _launch_dq(q, k, v, do, lse, delta, gate, b_dq, add, union, n, layout, select_block_size, scale)
+    _launch_dq(q, k, v, block_indices, do, lse, delta, gate, b_dq, add, layout, select_block_size, scale)
     H = k.shape[2]
     G = q.shape[2] // H
     cells = layout.B * layout.tiles(_chunk(block_indices)) * cdiv(k.shape[1], select_block_size)
@@ -258,10 +228,29 @@ def selected_backward(
     return dq, dk, dv
 
 
-def _launch_dq(q, k, v, do, lse, delta, gate, dq, add, union, num_selected, layout, select_block_size, scale):
-    blocks, words, counts = union
-    H = k.shape[2]
-    tile, heads = _tiles(q.shape[2] // H, num_selected)
+def _backward(do, dlse, q, k, v, block_indices, o, lse, *sizes):
+    do = torch.zeros_like(o) if do is None else do
+    return selected_backward(do, q, k, v, block_indices, lse, row_delta(sizes[-1], o, do, dlse), *sizes)
+
+
+_attention = define_attention(
+    "selected_attention",
+    "q k v block_indices",
+    "int select_block_size, float scale",
+    "o lse",
+    selected_forward,
+    _backward,
+    lambda q, k, v, *_: empty_outputs(q, v),
+    learned=3,
+    graded=2,
+    kept=slice(2),
+)
+
+
+def _launch_dq(q, k, v, block_indices, do, lse, delta, gate, dq, add, layout, select_block_size, scale):
+    H, n = block_indices.shape[2:]
+    tile, heads = _tiles(q.shape[2] // H, n)
+    blocks, words, counts = _union_lists(block_indices, k.shape[1], layout, select_block_size, tile)
     groups = cdiv(q.shape[2] // H, heads)
     config = _dq_config(q, v, select_block_size)
     _dq_kernel[(layout.tiles(tile), H * groups, layout.B)](

@@ -12,11 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .compressed import check_inputs, cu_blocks, head_dims, locate_blocks, strides, visible_blocks
+from .compressed import cu_blocks, head_dims, locate_blocks, strides, visible_blocks
+from .library import WHERE, define
 from .triton_common import (
     LOG2E,
     Layout,
     cdiv,
+    check_inputs,
     describe,
     dot_pair,
     interpreted,
@@ -38,7 +40,6 @@ _VARYING = ["T", "C", "q_offset", "row_tiles", "S", "first_tile", "first_head", 
 _VARYING += ["q_batch", "q_head"]
 
 
-@torch.no_grad()
 def select_blocks(
     q,
     k_cmp,
@@ -73,14 +74,34 @@ def select_blocks(
         NotImplementedError: `q_offset` is a tensor, `scale` <= 0, a dtype or head dim without a kernel, or compression
             blocks that overlap more selection blocks than a tile holds.
     """
-    layout = Layout(q, leftpad, q_offset, cu_seqlens)
-    scale = check_inputs(q, k_cmp, None, scale)
-    S = _num_blocks(layout, num_blocks, select_block_size)
-    q, k, lse = layout.rows(q), layout.rows(k_cmp), lse[None] if layout.packed else lse
+    scale = check_inputs(q, scale, q_offset, k_cmp=k_cmp)
+    S = _num_blocks(q, num_blocks, select_block_size, q_offset, cu_seqlens)
+    sizes = (compress_block_size, compress_stride, select_block_size, num_selected_blocks)
+    sizes += (num_initial_blocks, num_local_blocks, scale)
+    with torch.no_grad():
+        return _operation(q, k_cmp, lse, S, *sizes, leftpad, q_offset, cu_seqlens)
+
+
+def chosen_blocks(
+    q,
+    k_cmp,
+    lse,
+    S,
+    compress_block_size,
+    compress_stride,
+    select_block_size,
+    num_selected_blocks,
+    num_initial_blocks,
+    num_local_blocks,
+    scale,
+    layout,
+):
+    """Launch the kernels of `select_blocks` for S blocks."""
+    block_indices = empty_choice(q, k_cmp, num_selected_blocks)
+    q, k, lse, out = layout.rows(q), layout.rows(k_cmp), lse[None] if layout.packed else lse, layout.rows(block_indices)
     H, free = k.shape[2], num_selected_blocks - num_initial_blocks - num_local_blocks
-    out = torch.empty(layout.B, layout.T, H, num_selected_blocks, dtype=torch.int32, device=q.device)
     if not out.numel():
-        return out[0] if layout.packed else out
+        return block_indices
 
     config = _score_config(q.shape[-1], q.dtype)
     rows = 32 if interpreted() else 1  # one row a warp is fastest on a GPU, many at once in the interpreter
@@ -119,16 +140,32 @@ def select_blocks(
                 scores, out, *scores.stride()[:2], *out.stride()[:3], **where, **forced, TILE=tile, ROWS=rows,
                 WIDTH=width, HELD=last < width, WIDTH_OUT=next_power_of_2(num_selected_blocks), num_warps=1,
             )  # fmt: skip
-    return out[0] if layout.packed else out
+    return block_indices
 
 
-def _num_blocks(layout, num_blocks, select_block_size):
+def empty_choice(q, k_cmp, num_selected_blocks):
+    """Room for block_indices."""
+    shape = (*q.shape[:-2], k_cmp.shape[-2], num_selected_blocks)
+    return torch.empty(shape, dtype=torch.int32, device=q.device)
+
+
+_operation = define(
+    "select_blocks(Tensor q, Tensor k_cmp, Tensor lse, SymInt num_blocks, int compress_block_size, "
+    "int compress_stride, int select_block_size, int num_selected_blocks, int num_initial_blocks, "
+    "int num_local_blocks, float scale, "
+    f"{WHERE}) -> Tensor",
+    lambda *args: chosen_blocks(*args[:-3], Layout(args[0], *args[-3:])),
+    lambda q, k_cmp, *rest: empty_choice(q, k_cmp, rest[5]),
+)
+
+
+def _num_blocks(q, num_blocks, select_block_size, q_offset, cu_seqlens):
     """Number of selectable blocks, or an upper bound if packed."""
-    if layout.packed:
-        return cdiv(layout.T, select_block_size)
+    if cu_seqlens is not None:
+        return cdiv(q.shape[0], select_block_size)
     if num_blocks is None:
         raise ValueError("`num_blocks` is required for sequences that are not packed, got None.")
-    needed = cdiv(layout.q_offset + layout.T, select_block_size)
+    needed = cdiv(q_offset + q.shape[1], select_block_size)
     if num_blocks < needed:
         raise ValueError(f"`num_blocks` must cover the queries' own blocks, at least {needed}, got {num_blocks}.")
     return num_blocks

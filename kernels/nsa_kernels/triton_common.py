@@ -27,11 +27,14 @@ __all__ = [
     "add_pair",
     "add_product",
     "cdiv",
+    "check_inputs",
     "describe",
     "dot_pair",
     "empty_pair",
+    "empty_outputs",
     "empty_values",
     "interpreted",
+    "like",
     "load_pair",
     "load_rows",
     "load_tile",
@@ -52,6 +55,44 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Below every score, yet finite: the difference of two of them is 0, not NaN.
 NEGATIVE = tl.constexpr(-1e30)
+
+
+def check_inputs(q, scale, q_offset=0, **tensors) -> float:
+    """The scale of the scores; what has no kernel is refused by name.
+
+    Args:
+        q: Queries.
+        scale: Number or None, then `D ** -0.5`.
+        q_offset: As given.
+        tensors: Keys and values by name.
+
+    Raises:
+        NotImplementedError: `q_offset` is a tensor, `scale` <= 0, or a dtype or head dim without a kernel.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if isinstance(q_offset, torch.Tensor):
+        raise NotImplementedError(
+            "`q_offset` must be an int for the Triton kernels, got a tensor; backend='reference' takes both."
+        )
+    if not scale > 0:
+        raise NotImplementedError(f"`scale` must be > 0 for the Triton kernels, got {scale}; use backend='reference'.")
+    for name, x in {"q": q, **tensors}.items():
+        if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or x.dtype != q.dtype:
+            raise NotImplementedError(
+                f"`{name}` must be bfloat16, float16 or float32, and of the dtype of `q`, for the Triton kernels, got "
+                f"{x.dtype}; use backend='reference'."
+            )
+        if x.shape[-1] > 256:
+            raise NotImplementedError(
+                f"`{name}` must have a head dim of at most 256 for the Triton kernels, got {x.shape[-1]}; use "
+                "backend='reference'."
+            )
+    return scale
+
+
+def like(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Room for their gradients, contiguous."""
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
 
 
 def interpreted() -> bool:
@@ -99,20 +140,13 @@ class Layout:
         packed: Whether sequences are packed.
         B, T: Rows (1 if packed) and query tokens of a row.
         N: Sequences of the batch.
-
-    Raises:
-        NotImplementedError: `q_offset` is a tensor.
     """
 
     def __init__(self, q, leftpad=None, q_offset=0, cu_seqlens=None):
-        if isinstance(q_offset, torch.Tensor):
-            raise NotImplementedError(
-                "`q_offset` must be an int for the Triton kernels, got a tensor; backend='reference' takes both."
-            )
         self.packed = cu_seqlens is not None
         self.leftpad = None if leftpad is None else leftpad.contiguous()
         self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-        self.q_offset = int(q_offset)
+        self.q_offset = q_offset
         self.B, self.T = (1, q.shape[0]) if self.packed else q.shape[:2]
         self.N = cu_seqlens.shape[0] - 1 if self.packed else self.B
 
@@ -536,6 +570,11 @@ def empty_values(shape, device, *, by_head: bool) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
     *batch, T, HQ = shape
     return torch.empty(*batch, HQ, T, dtype=torch.float32, device=device).transpose(-1, -2)
+
+
+def empty_outputs(q, v, *, by_head: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for o and lse."""
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), empty_values(q.shape[:-1], q.device, by_head=by_head)
 
 
 @triton.jit(do_not_specialize=["T"])

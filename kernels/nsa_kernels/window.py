@@ -13,18 +13,20 @@ import torch
 import triton
 import triton.language as tl
 
+from .library import define_attention
 from .triton_common import (
     LOG2E,
     NEGATIVE,
-    Layout,
     add_dkdv,
     add_dq,
     add_pair,
     cdiv,
+    check_inputs,
     describe,
     dot_pair,
+    empty_outputs,
     empty_pair,
-    empty_values,
+    like,
     load_pair,
     load_tile,
     locate,
@@ -45,32 +47,10 @@ def window_attention(
     """Attention to the tokens t - w + 1 … t (branch win); see `reference.window_attention`.
 
     Raises:
-        NotImplementedError: `q_offset` is a tensor.
+        NotImplementedError: `q_offset` is a tensor, `scale` <= 0, or a dtype or head dim without a kernel.
     """
-    layout = Layout(q, leftpad, q_offset, cu_seqlens)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if scale < 0:
-        q, scale = -q, -scale
-    return _WindowAttention.apply(q, k, v, layout, window_size, scale)
-
-
-class _WindowAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, layout, window_size, scale):
-        o, lse, _ = window_forward(q, k, v, layout, window_size, scale)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.layout, ctx.window_size, ctx.scale = layout, window_size, scale
-        ctx.set_materialize_grads(False)
-        return o, lse
-
-    @staticmethod
-    def backward(ctx, do, dlse):
-        q, k, v, o, lse = ctx.saved_tensors
-        if do is None:
-            do = torch.zeros_like(o)
-        delta = row_delta(ctx.layout, o, do, dlse, by_head=True)
-        where = (ctx.layout, ctx.window_size, ctx.scale)
-        return *window_backward(do, q, k, v, lse, delta, *where), None, None, None
+    scale = check_inputs(q, scale, q_offset, k=k, v=v)
+    return _attention(q, k, v, window_size, scale, leftpad, q_offset, cu_seqlens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,7 +84,7 @@ def _tiles(heads: int, rows: int) -> dict[str, int]:
     return {"TILE": rows // in_tile, "GT": in_tile, "GROUPS": cdiv(heads, in_tile)}
 
 
-def window_forward(q, k, v, layout, window_size, scale, branches=None):
+def window_forward(q, k, v, window_size, scale, layout, branches=None):
     """Forward pass, and the gated sum in its epilogue.
 
     Args:
@@ -115,9 +95,8 @@ def window_forward(q, k, v, layout, window_size, scale, branches=None):
     Returns:
         o_win, lse, and `reference.gated_sum`, None without `branches`.
     """
-    o = q.new_empty(*q.shape[:-1], v.shape[-1])
+    o, lse = empty_outputs(q, v, by_head=True)
     total = None if branches is None else torch.empty_like(o)
-    lse = empty_values(q.shape[:-1], q.device, by_head=True)  # as the backward pass reads them
     if not q.numel():
         return o, lse, total
     q, k, v, b_o, b_lse = map(layout.rows, (q, k, v, o, lse[..., None]))
@@ -161,7 +140,7 @@ def _dkdv_config(q, v):
     return {"BLOCK_M": 32, "BLOCK_N": keys, **config}
 
 
-def window_backward(do, q, k, v, lse, delta, layout, window_size, scale, *, gate=None, dq=None):
+def window_backward(do, q, k, v, lse, delta, window_size, scale, layout, *, gate=None, dq=None):
     """Backward pass.
 
     Args:
@@ -176,8 +155,8 @@ def window_backward(do, q, k, v, lse, delta, layout, window_size, scale, *, gate
         dq, dk, dv in the dtypes of q, k, v.
     """
     add = dq is not None
-    dq = dq if add else torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+    dq = dq if add else like(q)[0]
+    dk, dv = like(k, v)
     q, k, v, do, b_dq, b_dk, b_dv = map(layout.rows, (q, k, v, do, dq, dk, dv))
     lse, delta, gate = map(layout.head_values, (lse, delta, gate))
     if not q.numel() or not k.numel():
@@ -202,6 +181,25 @@ def window_backward(do, q, k, v, lse, delta, layout, window_size, scale, *, gate
         **describe("do", do, config["BLOCK_M"]), **arguments, HAS_GATE=gate is not None, **config,
     )  # fmt: skip
     return dq, dk, dv
+
+
+def _backward(do, dlse, q, k, v, o, lse, *sizes):
+    do = torch.zeros_like(o) if do is None else do
+    return window_backward(do, q, k, v, lse, row_delta(sizes[-1], o, do, dlse, by_head=True), *sizes)
+
+
+_attention = define_attention(
+    "window_attention",
+    "q k v",
+    "int window_size, float scale",
+    "o lse",
+    lambda *args: window_forward(*args)[:2],
+    _backward,
+    lambda q, k, v, *_: empty_outputs(q, v, by_head=True),
+    learned=3,
+    graded=2,
+    kept=slice(2),
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
