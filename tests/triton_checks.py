@@ -7,7 +7,7 @@ import itertools
 
 import torch
 
-__all__ = ["DEVICE", "check_attention", "make_qkv", "naive_attention", "packed", "poisoned"]
+__all__ = ["DEVICE", "check_attention", "check_choice", "make_qkv", "naive_attention", "packed", "poisoned"]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -50,6 +50,22 @@ def naive_attention(q, k, v, mask, scale=None):
     scores = ((q * scale) @ k.transpose(-1, -2)).masked_fill(~mask, float("-inf"))
     p = torch.softmax(scores.float(), dim=-1).nan_to_num().to(v.dtype)
     return (p @ v).movedim(3, 1).flatten(2, 3)
+
+
+def check_choice(actual, expected, imp):
+    """Compare chosen blocks `[B, T, H, n]`, up to importances `[B, T, H, S]` that rounding cannot tell apart."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == torch.int32
+    assert torch.equal(actual == -1, expected == -1)
+    steps = actual[..., 1:] - actual[..., :-1]
+    assert ((steps > 0) | (actual[..., 1:] == -1)).all(), "not ascending"
+    chosen, wanted = (torch.zeros_like(imp, dtype=torch.bool) for _ in range(2))
+    for mask, indices in ((chosen, actual), (wanted, expected)):
+        mask.scatter_(-1, indices.clamp(min=0).long(), True)
+    imp = imp.masked_fill(imp == 0, 1e-30)
+    gained = torch.where(chosen & ~wanted, imp, float("inf")).amin(-1)
+    lost = torch.where(wanted & ~chosen, imp, 0.0).amax(-1)
+    assert (lost <= gained * 1.0001).all(), "an important block is missing"
 
 
 def _gradients(outputs, inputs, do, dlse):
