@@ -127,7 +127,7 @@ def made_up_trace():
         events.append({"ph": "X", "cat": category, "name": name, "ts": start, "dur": length, "args": args})
 
     names = {
-        "forward": ("compressed_forward:_forward_kernel", "select_blocks:_score_kernel", ":other kernel"),
+        "forward": ("compressed_forward:_forward_kernel", "chosen_blocks:_score_kernel", ":other kernel"),
         "backward": ("compressed_backward:_backward_q_kernel", "compressed_backward:reduce"),
     }
     for repetition, factor in enumerate((50, 1, 0.5)):
@@ -189,9 +189,9 @@ def test_launchers_are_labelled(monkeypatch, capsys):
     benchmark_parts.label_launchers()
     assert attention.window_forward(1, 2) == (1, 2)
     assert capsys.readouterr().out == ""
-    monkeypatch.delattr(attention, "select_blocks")
+    monkeypatch.delattr(attention, "chosen_blocks")
     benchmark_parts.label_launchers()
-    assert capsys.readouterr().out.startswith("nsa_kernels.attention has no select_blocks")
+    assert capsys.readouterr().out.startswith("nsa_kernels.attention has no chosen_blocks")
 
 
 def test_parts_table_and_picture(tmp_path, capsys):
