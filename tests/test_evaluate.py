@@ -1,29 +1,33 @@
 # Copyright 2026 The NSA for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
+import importlib
 import json
 
 import pytest
-import torch
-from tiny import make_checkpoint, make_model, make_tokenizer, random_ids
+from tiny import SMALL_NSA, make_checkpoint, make_model, make_tokenizer
 
+from nsa_conversion import convert
 from nsa_conversion.errors import NSAError
-from nsa_conversion.evaluate import (
-    PositionBucket,
-    evaluate,
-    format_position_table,
-    loss_by_position,
-    main,
-    paired_interval,
-    position_edges,
-    take_slices,
-)
+from nsa_conversion.evaluate import QUICK, Settings, evaluate, main
+
+evaluate_module = importlib.import_module("nsa_conversion.evaluate")
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
+LOSS = {"parts": ("loss",), "device": "cpu", "progress": False}
+# 32 tokens are read whole; prompts of 700 characters hold the shortest tasks
+SMALL = {
+    "length": 100,
+    "slices": 2,
+    "task_lengths": (700,),
+    "depths": 2,
+    "trials": 1,
+    "tasks": ("passkey", "frequent_words"),
+}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("dense") / "model-a", "llama")
+    return make_checkpoint(tmp_path_factory.mktemp("dense") / "model-a", "llama", max_position_embeddings=1024)
 
 
 @pytest.fixture(scope="module")
@@ -31,192 +35,192 @@ def other_checkpoint(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("other") / "model-b", "llama", seed=1)
 
 
-def token_losses(model, ids):
-    logits = model(input_ids=ids).logits.float()
-    return torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-
-
-@pytest.mark.parametrize("chunk_size", [1, 7, 1024])
-def test_loss_by_position_is_the_mean_of_token_losses(chunk_size):
-    model = make_model("llama")
-    ids = random_ids(50, batch=3)
-    buckets = loss_by_position(model, ids, [0, 8, 20, 64], chunk_size=chunk_size)
-    with torch.no_grad():
-        losses = token_losses(model, ids)
-    assert [(bucket.start, bucket.end, bucket.count) for bucket in buckets] == [(0, 8, 24), (8, 20, 36), (20, 64, 87)]
-    for bucket in buckets:
-        assert bucket.loss == pytest.approx(losses[:, bucket.start : bucket.end].mean().item(), rel=1e-5)
-
-
-def test_loss_by_position_takes_texts_of_different_lengths():
-    model = make_model("llama")
-    texts = [random_ids(length, seed=length)[0] for length in (30, 12, 1)]
-    buckets = loss_by_position(model, texts, [0, 10, 40])
-    with torch.no_grad():
-        long, short = (token_losses(model, text[None])[0] for text in texts[:2])
-    assert [bucket.count for bucket in buckets] == [20, 20]
-    assert buckets[0].loss == pytest.approx(torch.cat([long[:10], short[:10]]).mean().item(), rel=1e-5)
-    assert buckets[1].loss == pytest.approx(torch.cat([long[10:], short[10:]]).mean().item(), rel=1e-5)
-
-
-def test_loss_by_position_leaves_out_empty_buckets_and_restores_the_mode():
-    model = make_model("llama").train()
-    assert [bucket.start for bucket in loss_by_position(model, random_ids(9), [0, 4, 100, 200])] == [0, 4]
-    assert model.training
-
-
-def test_loss_by_position_keeps_what_a_model_does_to_its_logits():
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=272,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        final_logit_softcapping=0.1,
-        initializer_range=1.0,
-    )
-    model = Gemma2ForCausalLM(config).eval()
-    ids = random_ids(20)
-    with torch.no_grad():
-        expected = token_losses(model, ids).mean().item()
-    assert loss_by_position(model, ids, [0, 20])[0].loss == pytest.approx(expected, rel=1e-5)
-
-
-def test_paired_interval_sees_through_what_both_share():
-    first = [1.0, 5.0, 9.0, 2.0, 7.0]
-    low, high = paired_interval(first, [x + shift for x, shift in zip(first, (0.1, 0.3, 0.2, 0.2, 0.2))])
-    assert 0.1 < low < 0.2 < high < 0.3
-    assert paired_interval(first, first) == (0, 0)
-
-
-@pytest.mark.parametrize(("first", "second"), [([1.0], [1.0]), ([1.0, 2.0], [1.0, 2.0, 3.0])])
-def test_paired_interval_needs_pairs(first, second):
-    with pytest.raises(NSAError, match="an interval needs the same two or more texts from both"):
-        paired_interval(first, second)
-
-
-@pytest.mark.parametrize("edges", [[0], [0, 0], [4, 2], [-1, 4]])
-def test_loss_by_position_refuses_bad_edges(edges):
-    with pytest.raises(NSAError, match="edges must be at least two ascending positions"):
-        loss_by_position(make_model("llama"), random_ids(9), edges)
-
-
-def test_loss_by_position_refuses_texts_without_a_prediction():
-    with pytest.raises(NSAError, match="no sequence has a token to predict inside positions 0-9"):
-        loss_by_position(make_model("llama"), [random_ids(1)[0]], [0, 10])
-
-
-@pytest.mark.parametrize(
-    ("length", "edges"),
-    [
-        (2, [0, 2]),
-        (256, [0, 256]),
-        (257, [0, 256, 257]),
-        (4096, [0, 256, 512, 1024, 2048, 4096]),
-        (5000, [0, 256, 512, 1024, 2048, 4096, 5000]),
-    ],
-)
-def test_position_edges_double(length, edges):
-    assert position_edges(length) == edges
-
-
-def test_take_slices_spreads_without_overlap():
-    ids = torch.arange(103)
-    slices = take_slices(ids, 20, 4)
-    assert slices.shape == (4, 20)
-    assert slices[0, 0] == 0
-    assert slices[-1, -1] >= 100  # reaches the end
-    assert len(slices.unique()) == slices.numel()
-
-
-def test_take_slices_gives_what_a_short_text_has():
-    assert take_slices(torch.arange(50), 20, 4).shape == (2, 20)
-    assert take_slices(torch.arange(15), 20, 4).shape == (1, 15)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "length", "slices", "error"),
-    [
-        (1, 20, 4, r"the text holds 1 token\(s\); at least 2"),
-        (0, 20, 4, r"the text holds 0 token\(s\); at least 2"),
-        (50, 1, 4, "length must be at least 2 tokens, got 1"),
-        (50, 20, 0, "slices must be at least 1, got 0"),
-    ],
-)
-def test_take_slices_refuses(tokens, length, slices, error):
-    with pytest.raises(NSAError, match=error):
-        take_slices(torch.arange(tokens), length, slices)
-
-
-def test_table_lines_up():
-    series = {
-        "dense": [PositionBucket(0, 256, 2.0, 256), PositionBucket(256, 1024, 1.0, 768)],
-        "sparse": [PositionBucket(0, 256, 2.0, 256), PositionBucket(256, 1024, 1.5, 768)],
-    }
-    lines = format_position_table(series, "difference").splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert lines[0].split() == ["position", "dense", "sparse", "difference", "tokens"]
-    assert lines[3].split() == ["256-1,023", "1.0000", "1.5000", "+0.5000", "768"]
-    series["sparse"][0] = PositionBucket(0, 256, 1.99999, 256)
-    assert format_position_table(series, "difference").splitlines()[2].split()[3] == "+0.0000"
-    assert lines[5].split() == ["all", "1.2500", "1.6250", "+0.3750", "1,024"]
+@pytest.fixture(scope="module")
+def sparse_checkpoint(tmp_path_factory, checkpoint):
+    path = tmp_path_factory.mktemp("sparse") / "sparse"
+    convert(str(checkpoint), str(path), **SMALL_NSA)
+    return path
 
 
 def test_evaluate_compares_two_checkpoints(checkpoint, other_checkpoint):
-    report = evaluate(str(checkpoint), str(other_checkpoint), TEXT, length=300, slices=2, device="cpu", progress=False)
-    assert (report.length, report.slices) == (300, 2)
-    assert list(report.series) == ["model-b", "model-a"]
-    assert [bucket.start for bucket in report.positions] == [0, 256]
+    report = evaluate(str(checkpoint), str(other_checkpoint), TEXT, length=300, slices=2, **LOSS)
+    assert report.texts == {"given text": [300, 300]}
+    positions = report.positions["given text"]
+    assert list(positions) == ["model-b", "model-a"]
+    assert (report.against, report.model) == ("model-b", "model-a")
+    assert [bucket.start for bucket in positions["model-a"]] == [0, 256]
     assert report.to_dict()["loss"] != report.to_dict()["against_loss"]
-    same = evaluate(str(checkpoint), str(checkpoint), TEXT, length=300, slices=2, device="cpu", progress=False)
-    assert same.positions == same.against_positions == report.positions
-    assert list(same.series) == ["against", "model"]
+    same = evaluate(str(checkpoint), str(checkpoint), TEXT, length=300, slices=2, **LOSS)
+    assert list(same.models) == ["model-a (1)", "model-a (2)"]
+    first, second = same.positions["given text"].values()
+    assert first == second == positions["model-a"]
+
+
+def test_evaluate_takes_several_models_and_texts(checkpoint, other_checkpoint, sparse_checkpoint):
+    models = [str(sparse_checkpoint), str(other_checkpoint)]
+    texts = {"a": [TEXT, TEXT[5:300]], "b": [TEXT]}
+    report = evaluate(models, str(checkpoint), texts, length=200, slices=3, **LOSS)
+    assert report.texts == {"a": [200, 200], "b": [200, 200, 200]}
+    assert list(report.positions) == list(report.recall) == ["a", "b"]
+    assert list(report.positions["b"]) == list(report.models) == ["model-a", "sparse", "model-b"]
+    assert report.model == "sparse"
+    alone = evaluate(str(other_checkpoint), None, texts, length=200, slices=3, **LOSS)
+    assert alone.positions["b"] == {"model-b": report.positions["b"]["model-b"]}
+    assert alone.recall["a"] == {"model-b": report.recall["a"]["model-b"]}
+    assert alone.against is None
 
 
 def test_evaluate_takes_loaded_models_and_the_builtin_text(tmp_path):
     model, tokenizer = make_model("llama"), make_tokenizer(tmp_path)
-    report = evaluate(model, tokenizer=tokenizer, length=64, slices=1, progress=False)
-    assert report.text.startswith("built-in")
-    assert sum(bucket.count for bucket in report.positions) == 63
-    with pytest.raises(NSAError, match="tokenizer is needed"):
-        evaluate(model, text=TEXT, progress=False)
+    report = evaluate(model, tokenizer=tokenizer, length=64, slices=1, **LOSS)
+    (name,) = report.texts
+    assert name.startswith("built-in")
+    assert sum(bucket.count for bucket in report.positions[name]["LlamaForCausalLM"]) == 63
+    with pytest.raises(NSAError, match="brings no tokenizer"):
+        evaluate(model, texts=TEXT, **LOSS)
 
 
 def test_evaluate_refuses_other_vocabularies_and_empty_text(tmp_path, checkpoint):
     wider = make_checkpoint(tmp_path / "wider", "llama", vocab_size=300)
-    with pytest.raises(NSAError, match=r"has 272 tokens in its vocabulary and .* has 300"):
-        evaluate(str(checkpoint), str(wider), TEXT, length=64, slices=1, device="cpu", progress=False)
-    with pytest.raises(NSAError, match="text is empty"):
-        evaluate(str(checkpoint), text="  ", device="cpu", progress=False)
+    with pytest.raises(NSAError, match=r"model-a has 272 tokens in its vocabulary and wider has 300"):
+        evaluate(str(checkpoint), str(wider), TEXT, length=64, slices=1, **LOSS)
+    with pytest.raises(NSAError, match="text 'given text' is empty"):
+        evaluate(str(checkpoint), texts="  ", **LOSS)
+    with pytest.raises(NSAError, match="models is empty"):
+        evaluate([], str(checkpoint), **LOSS)
 
 
-def test_command_prints_a_table_and_writes_files(tmp_path, capsys, checkpoint, other_checkpoint):
+def test_sparse_equals_dense_where_everything_is_selected(checkpoint, sparse_checkpoint):
+    settings = {"length": 200, "slices": 2, "edges": [0, 32, 200], **LOSS}
+    report = evaluate(str(sparse_checkpoint), str(checkpoint), TEXT, **settings)
+    (dense_near, dense_far), (near, far) = report.positions["given text"].values()
+    assert near.loss == pytest.approx(dense_near.loss, rel=1e-5)
+    assert abs(far.loss - dense_far.loss) > 1e-4
+
+
+def test_every_part_runs_and_the_diagnosis_agrees_with_the_loss(checkpoint, sparse_checkpoint):
+    report = evaluate(str(sparse_checkpoint), str(checkpoint), TEXT, device="cpu", progress=False, **SMALL)
+    assert [len(results) for results in report.tasks.values()] == [3, 3]
+    assert [(row.task, row.depth) for row in report.tasks["sparse"]] == [
+        ("passkey", 0.0),
+        ("passkey", 1.0),
+        ("frequent_words", None),
+    ]
+    assert list(report.retention) == ["sparse"]
+    assert {text: list(by_label) for text, by_label in report.diagnosis.items()} == {"given text": ["sparse"]}
+    assert report.diagnosis["given text"]["sparse"].losses["own"] == report.positions["given text"]["sparse"]
+
+
+def test_the_diagnosis_needs_long_texts(checkpoint, sparse_checkpoint):
+    with pytest.raises(NSAError, match="the diagnosis of sparse needs a text of 48 tokens"):
+        evaluate(
+            str(sparse_checkpoint), texts=TEXT, length=47, device="cpu", progress=False, parts=["loss", "diagnosis"]
+        )
+    texts = {"short": [TEXT[:40]], "long": [TEXT]}
+    settings = {"length": 60, "slices": 3, "diagnosis_texts": 2, "parts": ["diagnosis"]}
+    report = evaluate(str(sparse_checkpoint), texts=texts, device="cpu", progress=False, **settings)
+    assert list(report.diagnosis) == ["long"]
+    assert report.diagnosis["long"]["sparse"].tokens == 2 * (60 - 32)
+
+
+def test_finished_parts_are_not_measured_again(tmp_path, checkpoint, sparse_checkpoint, monkeypatch):
+    finished = tmp_path / "finished.json"
+    settings = {"device": "cpu", "progress": False, "finished": finished, **SMALL}
+    arguments = (str(sparse_checkpoint), str(checkpoint), TEXT)
+    report = evaluate(*arguments, **settings)
+    with monkeypatch.context() as patched:
+        for name in ("token_losses", "run_task", "diagnose"):
+            patched.setattr(evaluate_module, name, None)
+        again = evaluate(*arguments, **settings)
+        assert json.dumps(again.to_dict()) == json.dumps(report.to_dict())
+        with pytest.raises(TypeError):  # other prompts
+            evaluate(*arguments, **settings | {"seed": 1})
+    config = sparse_checkpoint / "config.json"
+    config.write_text(config.read_text() + "\n")  # another checkpoint under the same name
+    monkeypatch.setattr(evaluate_module, "token_losses", None)
+    with pytest.raises(TypeError):
+        evaluate(*arguments, **settings)
+    finished.write_text("{")
+    with pytest.raises(NSAError, match=r"finished\.json does not hold finished results"):
+        evaluate(*arguments, **settings)
+
+
+def test_suites_are_run_by_name(checkpoint, monkeypatch):
+    calls = []
+    monkeypatch.setattr(evaluate_module, "require_lm_eval", lambda: None)
+    monkeypatch.setattr(
+        evaluate_module,
+        "run_lm_eval",
+        lambda model, tokenizer, tasks, **how: calls.append((tasks, how)) or {"arc": {"acc,none": 0.5}},
+    )
+    settings = {"parts": (), "lm_eval": ["arc"], "lm_eval_limit": 3, "batch_size": 2}
+    report = evaluate(str(checkpoint), texts=TEXT, device="cpu", progress=False, **settings)
+    assert report.suites == {"model-a": {"arc": {"acc,none": 0.5}}}
+    assert calls == [(["arc"], {"batch_size": 2, "limit": 3})]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"parts": ("loss", "speed")}, "parts must be some of loss, tasks, diagnosis, got speed"),
+        ({"parts": ()}, "parts must be some of loss, tasks, diagnosis, got none"),
+        ({"tasks": ("pass",)}, "task 'pass' is unknown"),
+        ({"length": 1}, "length must be at least 2 tokens, got 1"),
+        ({"slices": 0}, "slices must be at least 1, got 0"),
+        ({"depths": 0}, "depths must be at least 1, got 0"),
+        ({"trials": 0}, "trials must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"diagnosis_texts": 0}, "diagnosis_texts must be at least 1, got 0"),
+    ],
+)
+def test_settings_refused(settings, error):
+    with pytest.raises(NSAError, match=error):
+        Settings(**settings)
+
+
+def test_command_prints_tables_and_writes_files(tmp_path, capsys, checkpoint, sparse_checkpoint):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    arguments = [str(checkpoint), "--against", str(other_checkpoint), "--text-file", str(tmp_path / "text.txt")]
-    arguments += ["--length", "300", "--slices", "2", "--device", "cpu"]
-    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
-    printed = capsys.readouterr().out
-    assert "difference" in printed
-    assert "95 % interval" in printed
-    assert "256-299" in printed
+    (tmp_path / "more.jsonl").write_text(json.dumps({"text": TEXT}) + "\n" + json.dumps({"text": TEXT[3:]}) + "\n")
+    files = [str(tmp_path / name) for name in ("text.txt", "more.jsonl")]
+    arguments = [str(sparse_checkpoint), "--against", str(checkpoint), "--text-file", *files, "--device", "cpu"]
+    arguments += ["--length", "300", "--slices", "2", "--tasks", "frequent_words", "--task-lengths", "700"]
+    arguments += ["--trials", "2", "--batch-size", "2", "--diagnosis-texts", "1", "--output", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "sparse: 4,400 tokens to read (loss 1,200, tasks 1,400, diagnosis 1,800)" in printed.err
+    for text in ("sparse - model-a", "95 % interval", "256-299", "frequent_words", "block recall", files[1]):
+        assert text in printed.out
     saved = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert saved["positions"][1]["start"] == 256
     assert len(saved["positions"][1]["by_text"]) == 2
     assert [low <= high for low, high in saved["difference_95"]] == [True, True]
-    assert (tmp_path / "out" / "loss_by_position.png").read_bytes().startswith(b"\x89PNG")
-    assert main([*arguments, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["positions"] == saved["positions"]
+    assert list(saved["positions_by_text"]) == files
+    assert (tmp_path / "out" / "eval.html").read_text().startswith("<!DOCTYPE html>")
+    assert main([*arguments, "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == saved
 
 
 def test_command_says_when_the_text_is_short(tmp_path, capsys, checkpoint):
     (tmp_path / "text.txt").write_text("just a few words", encoding="utf-8")
-    assert main([str(checkpoint), "--text-file", str(tmp_path / "text.txt"), "--device", "cpu"]) == 0
-    assert "the text holds only 16 tokens" in capsys.readouterr().err
+    arguments = ["--text-file", str(tmp_path / "text.txt"), "--device", "cpu", "--parts", "loss"]
+    assert main([str(checkpoint), *arguments]) == 0
+    error = capsys.readouterr().err
+    assert "text.txt holds only 17 tokens" in error  # with the token that ends it
+    assert "text.txt holds only 1 text(s)" in error
+
+
+def test_quick_sets_what_other_flags_do_not(checkpoint, monkeypatch):
+    seen = {}
+
+    def stop(*args, **settings):
+        seen.update(settings)
+        raise NSAError("stop")
+
+    monkeypatch.setattr(evaluate_module, "evaluate", stop)
+    with pytest.raises(NSAError, match="stop"):
+        main([str(checkpoint), "--quick", "--trials", "7", "--lm-eval", "arc_easy,piqa"])
+    assert {name: seen[name] for name in QUICK} == QUICK | {"trials": 7}
+    assert seen["lm_eval"] == ["arc_easy", "piqa"]
 
 
 @pytest.mark.parametrize(
@@ -224,9 +228,12 @@ def test_command_says_when_the_text_is_short(tmp_path, capsys, checkpoint):
     [
         (["no-such-directory"], "no-such-directory"),
         (["MODEL", "--text-file", "missing.txt"], "missing.txt does not exist"),
+        (["MODEL", "--haystack", "missing.txt"], "missing.txt does not exist"),
         (["MODEL", "--length", "1"], "length must be at least 2"),
         (["MODEL", "--slices", "0"], "slices must be at least 1"),
         (["MODEL", "--dtype", "float3"], "dtype"),
+        (["MODEL", "--resume"], "--resume needs the --output DIR"),
+        (["MODEL", "--task-lengths", "20", "--parts", "tasks", "--device", "cpu"], "needs at least"),
     ],
 )
 def test_command_refuses(checkpoint, arguments, error):
@@ -234,15 +241,8 @@ def test_command_refuses(checkpoint, arguments, error):
         main([str(checkpoint) if argument == "MODEL" else argument for argument in arguments])
 
 
-def test_sparse_equals_dense_where_everything_is_selected(tmp_path):
-    from tiny import SMALL_NSA
-
-    from nsa_conversion import convert
-
-    source = make_checkpoint(tmp_path / "dense", "llama")
-    convert(str(source), str(tmp_path / "sparse"), **SMALL_NSA)
-    settings = {"length": 200, "slices": 2, "edges": [0, 32, 200], "device": "cpu", "progress": False}
-    report = evaluate(str(tmp_path / "sparse"), str(source), TEXT, **settings)
-    (near, far), (dense_near, dense_far) = report.positions, report.against_positions
-    assert near.loss == pytest.approx(dense_near.loss, rel=1e-5)
-    assert abs(far.loss - dense_far.loss) > 1e-4
+def test_command_refuses_unknown_choices(checkpoint, capsys):
+    for flags in (["--tasks", "pass"], ["--parts", "speed"]):
+        with pytest.raises(SystemExit):
+            main([str(checkpoint), *flags])
+    assert "invalid choice: 'pass'" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import torch
 
 from nsa_conversion import convert, load_model, smollm2_gguf
 from nsa_conversion.data import builtin_text
-from nsa_conversion.evaluate import loss_by_position, take_slices
+from nsa_conversion.loss import loss_by_position, take_slices
 
 pytestmark = pytest.mark.slow
 REACH = 1024  # n · l' tokens

@@ -12,7 +12,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "convert": ("nsa_conversion.convert", "turn a full-attention checkpoint into an NSA model"),
     "finetune": ("nsa_conversion.finetune", "train a converted model, fully or with LoRA"),
-    "eval": ("nsa_conversion.evaluate", "loss by position, side by side with the dense model"),
+    "eval": ("nsa_conversion.evaluate", "loss, retrieval and selection, side by side with the dense model"),
     "generate": ("nsa_conversion.generate", "answer a prompt or chat, with streaming"),
     "demo": ("nsa_conversion.demo", "convert, compare, fine-tune and run SmolLM2-135M from start to finish"),
 }

@@ -95,9 +95,9 @@ def demo(
     import modeling_nsa  # noqa: F401  makes the model type known to AutoModelForCausalLM
     from nsa_conversion.convert import convert
     from nsa_conversion.data import builtin_text
-    from nsa_conversion.evaluate import format_position_table
     from nsa_conversion.finetune import finetune
     from nsa_conversion.generate import generate
+    from nsa_conversion.loss import format_position_table
     from nsa_conversion.verify import verify
 
     log = _Steps()

@@ -1,327 +1,105 @@
 # Copyright 2026 The NSA for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Loss by position: what a sparse model keeps of the dense one, bucket by bucket, on long text.
-
-The average over a whole text hides long-context damage, because most models lose only far from the start. Buckets are
-counted by the position p of the query whose logits predict token p + 1.
-"""
+"""`nsa eval`: what a sparse model keeps of the dense one in loss by position and retrieval, and what it selects."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import gc
-import itertools
+import hashlib
 import json
+import os
+import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from torch.nn import functional as F
-from tqdm.auto import tqdm
 
-from .data import builtin_text, read_text
+from .data import Document, builtin_text, encode_documents, read_files, read_text
+from .diagnosis import NEIGHBOURS, Diagnosis, diagnose, is_sparse
 from .errors import NSAError
-from .plots import bucket_label, plot_position_loss, require_matplotlib
-from .sources import load_model
-
-__all__ = [
-    "EvaluationReport",
-    "PositionBucket",
-    "evaluate",
-    "format_position_table",
-    "loss_by_position",
-    "main",
-    "paired_interval",
-    "position_edges",
-    "take_slices",
-]
-
-FIRST_EDGE = 256
-# Between the last hidden state and the logits these do more than a matrix product, so the whole model must run.
-LOGIT_TRANSFORMS = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "output_multiplier",
+from .harness import require_lm_eval, run_lm_eval
+from .loss import (
+    PositionBucket,
+    RecallGroup,
+    loss_by_recall,
+    losses_by_position,
+    position_edges,
+    take_texts,
+    token_losses,
 )
+from .plots import require_matplotlib
+from .report import EvaluationReport
+from .sources import load_model
+from .tasks import TASKS, Material, TaskResult, run_task, task_cells
 
+__all__ = ["PARTS", "QUICK", "Settings", "default_device", "evaluate", "main"]
 
-class PositionBucket(NamedTuple):
-    """Mean loss over the query positions `start <= p < end`, and the mean of each text that reaches them."""
-
-    start: int
-    end: int
-    loss: float
-    count: int
-    by_text: tuple[float, ...] = ()
-
-
-def position_edges(length: int) -> list[int]:
-    """Bucket edges 0, 256, 512, 1024, … doubling up to `length`, which ends the last bucket.
-
-    Args:
-        length: tokens in the longest sequence, at least 2.
-    """
-    edges = [0]
-    edge = FIRST_EDGE
-    while edge < length:
-        edges.append(edge)
-        edge *= 2
-    return [*edges, length]
-
-
-def take_slices(ids: torch.Tensor, length: int, slices: int) -> torch.Tensor:
-    """Cut `slices` pieces of `length` tokens, spread evenly over a text without overlap.
-
-    A text too short for all of them gives as many as fit; one shorter than `length` gives a single, shorter piece.
-
-    Args:
-        ids: [T] token ids.
-        length: tokens per piece, at least 2.
-        slices: number of pieces, at least 1.
-
-    Returns:
-        [N, t] with N <= slices and t <= length.
-
-    Raises:
-        NSAError: the text has fewer than two tokens, or an argument is too small.
-    """
-    if length < 2:
-        raise NSAError(f"length must be at least 2 tokens, got {length}")
-    if slices < 1:
-        raise NSAError(f"slices must be at least 1, got {slices}")
-    if len(ids) < 2:
-        raise NSAError(f"the text holds {len(ids)} token(s); at least 2 are needed to have a loss")
-    length = min(length, len(ids))
-    slices = min(slices, len(ids) // length)
-    stride = (len(ids) - length) // max(slices - 1, 1)
-    return torch.stack([ids[i * stride : i * stride + length] for i in range(slices)])
-
-
-def _token_losses(model, ids: torch.Tensor, chunk_size: int) -> torch.Tensor:
-    """Loss of predicting ids[:, 1:], fp32 on the CPU, [1, T] -> [T - 1]; logits of `chunk_size` tokens at a time."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    config = getattr(model, "config", None)
-    plain_head = head is not None and all(getattr(config, name, None) in (None, 1) for name in LOGIT_TRANSFORMS)
-    if plain_head:
-        # The logits of a whole long sequence can be larger than the model: apply the head chunk by chunk.
-        states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    else:
-        states = model(input_ids=ids, use_cache=False).logits
-    losses = []
-    for start in range(0, ids.shape[1] - 1, chunk_size):
-        end = min(start + chunk_size, ids.shape[1] - 1)
-        logits = head(states[:, start:end]) if plain_head else states[:, start:end]
-        losses.append(F.cross_entropy(logits[0].float(), ids[0, start + 1 : end + 1], reduction="none").cpu())
-    return torch.cat(losses)
-
-
-@torch.no_grad()
-def loss_by_position(
-    model,
-    input_ids: torch.Tensor | Sequence[torch.Tensor],
-    edges: Sequence[int],
-    *,
-    chunk_size: int = 1024,
-    progress: bool = False,
-    description: str = "Evaluating",
-) -> list[PositionBucket]:
-    """Mean next-token loss per bucket of query positions, softmax in fp32.
-
-    Args:
-        model: a causal language model of transformers; its training mode is restored afterwards.
-        input_ids: [B, T] token ids, or a sequence of [t] tensors of any lengths; each runs alone, from position 0.
-        edges: ascending bucket edges; bucket i holds the positions edges[i] <= p < edges[i + 1].
-        chunk_size: tokens whose logits are held in fp32 at a time.
-        progress: show a progress bar.
-        description: label of the progress bar.
-
-    Returns:
-        One bucket per pair of edges that holds at least one position, in order.
-
-    Raises:
-        NSAError: the edges do not ascend, or no sequence has two tokens.
-    """
-    edges = list(edges)
-    if len(edges) < 2 or any(left >= right for left, right in itertools.pairwise(edges)) or edges[0] < 0:
-        raise NSAError(f"edges must be at least two ascending positions from 0 on, got {edges}")
-    device = next(model.parameters()).device
-    spans = list(itertools.pairwise(edges))
-    losses = [[] for _ in spans]
-    was_training = model.training
-    model.eval()
-    try:
-        for ids in tqdm(input_ids, desc=description, unit=" texts", disable=not progress, leave=False):
-            if len(ids) < 2:
-                continue
-            text = _token_losses(model, ids[None].to(device=device, dtype=torch.long), chunk_size).double()
-            for (start, end), bucket in zip(spans, losses):
-                if len(text) > start:
-                    bucket.append(text[start:end])
-    finally:
-        model.train(was_training)
-    if not any(losses):
-        raise NSAError(f"no sequence has a token to predict inside positions {edges[0]}-{edges[-1] - 1}")
-    buckets = []
-    for (start, end), texts in zip(spans, losses):
-        if texts:
-            together = torch.cat(texts)
-            means = tuple(text.mean().item() for text in texts)
-            buckets.append(PositionBucket(start, end, together.mean().item(), len(together), means))
-    return buckets
-
-
-def paired_interval(
-    first: Sequence[float], second: Sequence[float], *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """Bootstrap percentile interval of the mean of `second - first`, both measured on the same texts.
-
-    Whole texts are drawn with replacement, so what makes one text harder than another for both cancels.
-
-    Args:
-        first: one value per text, at least two.
-        second: the same texts, in the same order.
-        level: probability that the interval should cover, inside (0, 1).
-        resamples: draws.
-        seed: of the draws; equal inputs give equal intervals.
-
-    Returns:
-        The lower and the upper end.
-
-    Raises:
-        NSAError: fewer than two texts, or unequal numbers of them.
-    """
-    if len(first) != len(second) or len(first) < 2:
-        raise NSAError(f"an interval needs the same two or more texts from both, got {len(first)} and {len(second)}")
-    differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
-    draws = np.random.default_rng(seed).integers(len(differences), size=(resamples, len(differences)))
-    low, high = np.quantile(differences[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def mean_loss(buckets: Sequence[PositionBucket]) -> float:
-    """Mean over all tokens of all buckets."""
-    return sum(bucket.loss * bucket.count for bucket in buckets) / sum(bucket.count for bucket in buckets)
-
-
-def _signed(difference: float) -> str:
-    return f"{round(difference, 4) + 0.0:+.4f}"  # + 0.0 turns a negative zero into a positive one
-
-
-def format_position_table(series: Mapping[str, Sequence[PositionBucket]], difference: str | None = None) -> str:
-    """A text table of loss by position: one row per bucket, one column per model.
-
-    Args:
-        series: label -> buckets, all with the same edges.
-        difference: heading of a last column, second label minus first; None leaves it out.
-    """
-    columns = list(series.values())
-    # Texts measured one by one under both labels: the difference gets an interval.
-    paired = bool(difference) and all(len(bucket.by_text) > 1 for buckets in columns[:2] for bucket in buckets)
-    header = [
-        "position",
-        *series,
-        *([difference] if difference else []),
-        *(["95 % interval"] if paired else []),
-        "tokens",
-    ]
-    rows = []
-    for i in range(len(columns[0])):
-        row = [bucket_label(columns[0][i]), *(f"{buckets[i].loss:.4f}" for buckets in columns)]
-        if difference:
-            row.append(_signed(columns[1][i].loss - columns[0][i].loss))
-        if paired:
-            row.append(" … ".join(map(_signed, paired_interval(columns[0][i].by_text, columns[1][i].by_text))))
-        rows.append([*row, f"{columns[0][i].count:,}"])
-    means = [mean_loss(buckets) for buckets in columns]
-    rows.append(
-        [
-            "all",
-            *(f"{mean:.4f}" for mean in means),
-            *([_signed(means[1] - means[0])] if difference else []),
-            *([""] if paired else []),
-            f"{sum(bucket.count for bucket in columns[0]):,}",
-        ]
-    )
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [header, *rows]]
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
-
-
-def positions_as_dicts(buckets: Sequence[PositionBucket]) -> list[dict[str, Any]]:
-    """Buckets for JSON; `end` is exclusive."""
-    return [bucket._asdict() for bucket in buckets]
+PARTS = ("loss", "tasks", "diagnosis")
+BUILTIN = "built-in text (Python help topics)"
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationReport:
-    """Loss by position of one model, and of the dense one beside it.
+class Settings:
+    """How much is measured.
 
     Attributes:
-        model: name of the model.
-        against: name of the model compared with, or None.
-        text: where the text came from.
-        length: tokens per slice.
-        slices: number of slices.
-        positions: buckets of the model.
-        against_positions: buckets of the other model, or None.
+        parts: of `PARTS`.
+        length: tokens per text of the loss, at least 2.
+        slices: texts per file.
+        tasks: keys of `TASKS`.
+        task_lengths: tokens of the tasks' prompts.
+        depths: needle depths of the tasks that have one needle.
+        trials: prompts per task, length and depth.
+        diagnosis_texts: texts per file that the selection is diagnosed on.
+        lm_eval: tasks of lm_eval.
+        lm_eval_limit: examples of each, or a share of them if below 1; None takes all.
+        batch_size: prompts per forward pass.
+        seed: of prompts and intervals.
+
+    Raises:
+        NSAError: an unknown part or task, or a number that is too small.
     """
 
-    model: str
-    against: str | None
-    text: str
-    length: int
-    slices: int
-    positions: list[PositionBucket]
-    against_positions: list[PositionBucket] | None
+    parts: Sequence[str] = PARTS
+    length: int = 4096
+    slices: int = 5
+    tasks: Sequence[str] = tuple(TASKS)
+    task_lengths: Sequence[int] = (1024, 4096)
+    depths: int = 5
+    trials: int = 20
+    diagnosis_texts: int = 2
+    lm_eval: Sequence[str] = ()
+    lm_eval_limit: float | None = None
+    batch_size: int = 1
+    seed: int = 0
 
-    @property
-    def series(self) -> dict[str, list[PositionBucket]]:
-        """Label -> buckets, for tables and pictures; the model compared with comes first."""
-        if self.against_positions is None:
-            return {_short_name(self.model): self.positions}
-        labels = [_short_name(self.against), _short_name(self.model)]
-        if labels[0] == labels[1]:
-            labels = ["against", "model"]
-        return dict(zip(labels, [self.against_positions, self.positions]))
+    def __post_init__(self):
+        unknown = [part for part in self.parts if part not in PARTS]
+        if unknown or not (self.parts or self.lm_eval):
+            raise NSAError(f"parts must be some of {', '.join(PARTS)}, got {', '.join(unknown) or 'none'}")
+        task_cells(self.tasks, self.task_lengths, self.depths)
+        for name, least in {"length": 2, "slices": 1, "depths": 1, "trials": 1, "batch_size": 1}.items():
+            if getattr(self, name) < least:
+                raise NSAError(f"{name} must be at least {least}{' tokens' * (least > 1)}, got {getattr(self, name)}")
+        if "diagnosis" in self.parts and self.diagnosis_texts < 1:
+            raise NSAError(f"diagnosis_texts must be at least 1, got {self.diagnosis_texts}; leave it out of the parts")
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types; losses in nats per token."""
-        report = {
-            "model": self.model,
-            "against": self.against,
-            "text": self.text,
-            "length": self.length,
-            "slices": self.slices,
-            "loss": mean_loss(self.positions),
-            "positions": positions_as_dicts(self.positions),
-        }
-        if self.against_positions is not None:
-            report["against_loss"] = mean_loss(self.against_positions)
-            report["against_positions"] = positions_as_dicts(self.against_positions)
-            if self.slices > 1:
-                pairs = zip(self.against_positions, self.positions)
-                report["difference_95"] = [paired_interval(dense.by_text, own.by_text) for dense, own in pairs]
-        return report
 
-    def table(self) -> str:
-        """The report as a text table."""
-        return format_position_table(self.series, "difference" if self.against_positions is not None else None)
-
-    def save(self, directory: str | Path) -> tuple[Path, Path]:
-        """Write `eval.json` and `loss_by_position.png` into `directory`, made if missing; return their paths."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        json_path, png_path = directory / "eval.json", directory / "loss_by_position.png"
-        json_path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        plot_position_loss(self.series, png_path, f"Loss by position, mean of {self.slices} x {self.length:,} tokens")
-        return json_path, png_path
+# Every part at a small size; the lengths lie beyond n·l' = 1,024 tokens, so that the selection leaves something out.
+QUICK = {
+    "length": 2048,
+    "slices": 2,
+    "task_lengths": (1280,),
+    "depths": 3,
+    "trials": 2,
+    "diagnosis_texts": 1,
+}
 
 
 def default_device() -> torch.device:
@@ -329,114 +107,370 @@ def default_device() -> torch.device:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
-def _short_name(name: str) -> str:
-    return Path(name).name or name
-
-
 def evaluate(
-    model,
+    models,
     against=None,
-    text: str | None = None,
+    texts: str | Mapping[str, Sequence[Document]] | None = None,
     *,
     tokenizer=None,
-    text_name: str | None = None,
-    length: int = 4096,
-    slices: int = 5,
-    dtype: str | torch.dtype | None = None,
-    device: str | torch.device | None = None,
+    haystack: str | None = None,
+    finished: str | Path | None = None,
     edges: Sequence[int] | None = None,
     chunk_size: int = 1024,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
     trust_remote_code: bool = False,
     progress: bool = True,
+    **settings: Any,
 ) -> EvaluationReport:
-    """Measure loss by position, beside another model if one is given. The models are loaded one after the other.
+    """Measure models beside a dense one. They are loaded one after the other.
 
     Args:
-        model: a directory, hub id or GGUF file, or a loaded model (then `tokenizer` is needed).
+        models: one or several of: a directory, hub id or GGUF file, or a loaded model (then `tokenizer` is needed).
         against: the model to compare with, usually the dense source; the same kinds of value.
-        text: the text; None takes `nsa_conversion.data.builtin_text()`.
-        tokenizer: the tokenizer of a loaded `model`.
-        text_name: what to call the text in the report.
-        length: tokens per slice, at least 2.
-        slices: number of slices, spread evenly over the text.
-        dtype: weights' type for models loaded here; None is the checkpoint's own.
-        device: where to load; None is the first accelerator, else the CPU.
+        texts: name -> documents, held apart; or one text. None takes `nsa_conversion.data.builtin_text()`.
+        tokenizer: of all the models; None takes the first one's.
+        haystack: text that the tasks hide facts in; None takes the built-in text.
+        finished: JSON file of what is already measured, for models that are named: equal parts are taken from there,
+            and every new one is added at once. Equal means the same files, texts and settings.
         edges: bucket edges; None is `position_edges(length)`.
         chunk_size: tokens whose logits are held in fp32 at a time.
+        dtype: weights' type for models loaded here; None is the checkpoint's own.
+        device: where to load; None is the first accelerator, else the CPU.
         trust_remote_code: allow code from the checkpoints to run.
         progress: show progress bars.
+        settings: see `Settings`.
 
     Returns:
         The report.
 
     Raises:
-        NSAError: a model cannot be loaded, the text is too short, or the two models' vocabularies differ.
+        NSAError: a model cannot be loaded, a text is too short, a setting is wrong, or vocabularies differ.
     """
-    if text is None:
-        text, text_name = builtin_text(), text_name or "built-in (Python help topics)"
-    if not text.strip():
-        raise NSAError("text is empty; give at least two tokens of it, or None for the built-in text")
-
-    def load(name_or_model, tokenizer):
-        if not isinstance(name_or_model, (str, Path)):
-            return name_or_model, tokenizer, type(name_or_model).__name__
-        place = device or default_device()
-        loaded = load_model(name_or_model, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
-        return loaded[0], tokenizer or loaded[1], str(name_or_model)
-
-    current, tokenizer, name = load(model, tokenizer)
-    if tokenizer is None:
-        raise NSAError("tokenizer is needed to evaluate an already loaded model on text")
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
-    cut = take_slices(ids, length, slices)
-    vocab_size = current.get_input_embeddings().weight.shape[0]
-    if edges is None:
-        edges = position_edges(cut.shape[1])
-    positions = loss_by_position(
-        current, cut, edges, chunk_size=chunk_size, progress=progress, description=_short_name(name)
-    )
-    against_name = against_positions = None
-    if against is not None:
-        if isinstance(model, (str, Path)):
-            del current  # one model in memory at a time
-            gc.collect()
-        other, _, against_name = load(against, tokenizer)
-        other_size = other.get_input_embeddings().weight.shape[0]
-        if other_size != vocab_size:
+    settings = Settings(**settings)
+    if settings.lm_eval:
+        require_lm_eval()
+    documents = _documents(texts)
+    material = Material(builtin_text() if haystack is None else haystack) if "tasks" in settings.parts else None
+    every = list(models) if isinstance(models, (list, tuple)) else [models]
+    if not every:
+        raise NSAError("models is empty; give at least one")
+    labels = _labels([*([] if against is None else [against]), *every])
+    against_label = None if against is None else labels[0]
+    # The first model brings the tokenizer; the one compared with comes first in tables only.
+    order = [*zip(labels[len(labels) - len(every) :], every), *([] if against is None else [(labels[0], against)])]
+    device = device or default_device()
+    known = _Finished(finished)
+    report: EvaluationReport | None = None
+    for label, source in order:
+        if isinstance(source, (str, Path)):
+            model, own = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+            tokenizer = tokenizer or own
+        else:
+            model = source
+        if tokenizer is None:
+            raise NSAError(f"{label} brings no tokenizer, and evaluation on text needs one; pass tokenizer=…")
+        size = model.get_input_embeddings().weight.shape[0]
+        if report is None:
+            vocabulary = size
+            chosen = _encode(documents, tokenizer, settings, progress)
+            report = EvaluationReport(
+                models={name: _name(source) for name, source in zip(labels, _in_order(against, every))},
+                model=label,
+                against=against_label,
+                texts={name: [len(ids) for ids in pieces] for name, pieces in chosen.items()},
+                settings=dataclasses.asdict(settings),
+                environment=_environment(model),
+            )
+        elif size != vocabulary:
             raise NSAError(
-                f"{name} has {vocab_size} tokens in its vocabulary and {against_name} has {other_size}; "
+                f"{order[0][0]} has {vocabulary} tokens in its vocabulary and {label} has {size}; "
                 "losses per token can only be compared between models with the same tokenizer"
             )
-        against_positions = loss_by_position(
-            other, cut, edges, chunk_size=chunk_size, progress=progress, description=_short_name(against_name)
+        run = _Run(
+            model,
+            label,
+            tokenizer,
+            settings,
+            known.of(source, dtype, tokenizer),
+            chunk_size=chunk_size,
+            progress=progress,
         )
-    return EvaluationReport(
-        model=name,
-        against=against_name,
-        text=text_name or "given text",
-        length=cut.shape[1],
-        slices=cut.shape[0],
-        positions=positions,
-        against_positions=against_positions,
-    )
+        run.check(chosen)
+        for name, pieces in chosen.items():
+            if "loss" in settings.parts:
+                buckets, groups = run.losses(name, pieces, edges)
+                report.positions.setdefault(name, {})[label] = buckets
+                report.recall.setdefault(name, {})[label] = groups
+        if material is not None:
+            report.tasks[label] = run.tasks(material)
+        if "diagnosis" in settings.parts and is_sparse(model):
+            for name, pieces in run.long_enough(chosen).items():
+                report.diagnosis.setdefault(name, {})[label] = run.diagnosis(name, pieces, edges)
+        if settings.lm_eval:
+            report.suites[label] = run.suites()
+        del model, run  # one model in memory at a time
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    report.positions = {text: _in_label_order(rows, labels) for text, rows in report.positions.items()}
+    report.recall = {text: _in_label_order(rows, labels) for text, rows in report.recall.items()}
+    report.tasks = _in_label_order(report.tasks, labels)
+    report.suites = _in_label_order(report.suites, labels)
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inputs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _in_order(against, models: Sequence) -> list:
+    return [*([] if against is None else [against]), *models]
+
+
+def _in_label_order(rows: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+    return {label: rows[label] for label in labels if label in rows}
+
+
+def _name(source) -> str:
+    return str(source) if isinstance(source, (str, Path)) else type(source).__name__
+
+
+def _labels(sources: Sequence) -> list[str]:
+    """Short names, made different by a number where they are alike."""
+    names = [Path(_name(source)).name or _name(source) for source in sources]
+    return [name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names, start=1)]
+
+
+def _documents(texts) -> dict[str, Sequence[Document]]:
+    if texts is None:
+        return {BUILTIN: [builtin_text()]}
+    if isinstance(texts, str):
+        texts = {"given text": [texts]}
+    for name, documents in texts.items():
+        if not any(documents) or all(isinstance(each, str) and not each.strip() for each in documents):
+            raise NSAError(f"text {name!r} is empty; give at least two tokens of it, or None for the built-in text")
+    return dict(texts)
+
+
+def _encode(documents, tokenizer, settings: Settings, progress: bool) -> dict[str, list[torch.Tensor]]:
+    chosen = {}
+    for name, each in documents.items():
+        encoded = [
+            torch.from_numpy(ids).long() for ids in encode_documents(each, tokenizer, progress and len(each) > 1)
+        ]
+        chosen[name] = take_texts(encoded, settings.length, settings.slices)
+    return chosen
+
+
+def _environment(model) -> dict[str, str]:
+    device = next(model.parameters()).device
+    return {
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {platform.machine()}",
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Finished:
+    """Results by what was measured, kept in a JSON file where one is given."""
+
+    def __init__(self, path: str | Path | None):
+        self.path = None if path is None else Path(path)
+        self.values: dict[str, Any] = {}
+        if self.path is not None and self.path.exists():
+            try:
+                self.values = json.loads(self.path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise NSAError(f"{self.path} does not hold finished results ({error}); remove it") from None
+
+    def of(self, source, dtype, tokenizer) -> Callable[[list, Callable[[], Any]], Any]:
+        """A function (what, how) that gives the result known for `what`, or works it out."""
+        what_model = [_fingerprint(source), str(dtype), _digest(str(tokenizer.chat_template))]
+
+        def result(what: list, make: Callable[[], Any]):
+            if self.path is None or not isinstance(source, (str, Path)):
+                return make()
+            key = json.dumps([what_model, what])
+            if key not in self.values:
+                self.values[key] = make()
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                beside = self.path.with_suffix(".tmp")
+                beside.write_text(json.dumps(self.values), encoding="utf-8")
+                os.replace(beside, self.path)
+            return self.values[key]
+
+        return result
+
+
+def _fingerprint(source) -> list:
+    """The name of a checkpoint, with size and time of its files where they are local."""
+    path = Path(_name(source)).expanduser()
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) + sorted(path.glob("config.json"))
+    return [_name(source), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
+
+
+def _digest(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()[:16]
+
+
+class _Run:
+    """Measures one loaded model."""
+
+    def __init__(self, model, label, tokenizer, settings: Settings, known, *, chunk_size: int, progress: bool):
+        self.model, self.label, self.tokenizer, self.settings, self.known = model, label, tokenizer, settings, known
+        self.bars = {"chunk_size": chunk_size, "progress": progress}
+
+    def check(self, texts: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """Refuse what cannot be measured, and say how many tokens this model will read."""
+        parts, counts = self.settings.parts, {}
+        if "loss" in parts:
+            counts["loss"] = sum(len(ids) for pieces in texts.values() for ids in pieces)
+        if "tasks" in parts:
+            counts["tasks"] = self.settings.trials * sum(length for _, length, _ in self._cells())
+        if "diagnosis" in parts and is_sparse(self.model):
+            long = self.long_enough(texts).values()
+            counts["diagnosis"] = 3 * sum(len(ids) for pieces in long for ids in pieces)
+        listed = ", ".join(f"{part} {count:,}" for part, count in counts.items())
+        if self.bars["progress"]:
+            print(f"{self.label}: {sum(counts.values()):,} tokens to read ({listed})", file=sys.stderr)
+
+    def losses(self, name: str, texts: Sequence[torch.Tensor], edges) -> tuple[list[PositionBucket], list[RecallGroup]]:
+        """Loss by position and of recalled n-grams."""
+        edges = list(edges or position_edges(max(map(len, texts))))
+
+        def make():
+            losses = token_losses(self.model, texts, description=f"{self.label}, loss on {name}", **self.bars)
+            buckets, groups = losses_by_position(losses, edges), loss_by_recall(texts, losses)
+            return [[bucket._asdict() for bucket in buckets], [group._asdict() for group in groups]]
+
+        buckets, groups = self.known(["loss", self._digest_of(texts), edges], make)
+        return [PositionBucket(**each) for each in buckets], [RecallGroup(**each) for each in groups]
+
+    def tasks(self, material: Material) -> list[TaskResult]:
+        """Scores of all tasks."""
+        cells = self._cells()
+        about = [self.settings.trials, self.settings.seed, _digest(*material.sentences)]
+        results = []
+        for place, (name, length, depth) in enumerate(cells, start=1):
+
+            def make(name=name, length=length, depth=depth, place=place):
+                at = "" if depth is None else f" at {depth:.0%}"
+                result = run_task(
+                    self.model, self.tokenizer, material, name, length, depth,
+                    trials=self.settings.trials, batch_size=self.settings.batch_size, seed=self.settings.seed,
+                    progress=self.bars["progress"],
+                    description=f"{self.label}, {name} {length:,}{at} ({place} of {len(cells)})",
+                )  # fmt: skip
+                return result._asdict()
+
+            result = self.known(["task", name, length, depth, *about], make)
+            results.append(TaskResult(**result | {"scores": tuple(result["scores"])}))
+        return results
+
+    def long_enough(self, texts: Mapping[str, Sequence[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
+        """Texts that a selection leaves something out of."""
+        least = self.model.config.num_selected_blocks * self.model.config.select_block_size + max(NEIGHBOURS)
+        long = {name: [ids for ids in pieces if len(ids) >= least] for name, pieces in texts.items()}
+        if not any(long.values()):
+            raise NSAError(
+                f"the diagnosis of {self.label} needs a text of {least:,} tokens: up to n·l' nothing is left out. "
+                "Give a longer text and length, or leave diagnosis out of the parts"
+            )
+        return {name: pieces[: self.settings.diagnosis_texts] for name, pieces in long.items() if pieces}
+
+    def diagnosis(self, name: str, texts: Sequence[torch.Tensor], edges) -> Diagnosis:
+        """What the selection finds."""
+        edges = list(edges or position_edges(max(map(len, texts))))
+
+        def make():
+            found = diagnose(self.model, texts, edges, description=f"{self.label}, {name}", **self.bars)
+            return found.to_dict()
+
+        return Diagnosis.from_dict(self.known(["diagnosis", self._digest_of(texts), edges], make))
+
+    def suites(self) -> dict[str, dict[str, Any]]:
+        """Metrics of lm_eval."""
+        settings = self.settings
+        how = {"batch_size": settings.batch_size, "limit": settings.lm_eval_limit}
+        return self.known(
+            ["lm_eval", list(settings.lm_eval), settings.lm_eval_limit],
+            lambda: run_lm_eval(self.model, self.tokenizer, settings.lm_eval, **how),
+        )
+
+    def _cells(self) -> list[tuple[str, int, float | None]]:
+        return task_cells(self.settings.tasks, self.settings.task_lengths, self.settings.depths)
+
+    def _digest_of(self, texts: Sequence[torch.Tensor]) -> str:
+        return _digest(*(ids.numpy().tobytes() for ids in texts))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nsa eval",
-        description="Loss by position on long text, side by side with another model.",
+        description="Loss by position, retrieval tasks and the selection itself, side by side with the dense model. "
+        "On a CPU start with --quick.",
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help="a directory, hub id or GGUF file")
+    parser.add_argument("models", metavar="MODEL", nargs="+", help="directories, hub ids or GGUF files")
     parser.add_argument("--against", metavar="DENSE", help="the model to compare with, usually the dense source")
-    parser.add_argument("--text-file", metavar="FILE", help="UTF-8 text (default: a built-in technical text)")
-    parser.add_argument("--length", type=int, default=4096, help="tokens per slice (default: %(default)s)")
-    parser.add_argument("--slices", type=int, default=5, help="slices, spread over the text (default: %(default)s)")
-    parser.add_argument("--output", metavar="DIR", help="write eval.json and loss_by_position.png here")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--quick", action="store_true", help="every part at a small size; other flags still count")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="what to measure (default: all)")
+
+    loss = parser.add_argument_group("loss and diagnosis")
+    loss.add_argument(
+        "--text-file",
+        metavar="FILE",
+        nargs="+",
+        help="UTF-8 texts or JSON Lines of documents, every file reported apart (default: a built-in technical text)",
+    )
+    loss.add_argument("--length", type=int, help="tokens per text (default: %(default)s)")
+    loss.add_argument("--slices", type=int, help="texts per file: slices of one, or documents (default: %(default)s)")
+    loss.add_argument("--diagnosis-texts", type=int, help="of these for the diagnosis (default: %(default)s)")
+
+    tasks = parser.add_argument_group("tasks")
+    tasks.add_argument(
+        "--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)} (default: all)"
+    )
+    tasks.add_argument(
+        "--task-lengths", type=int, nargs="+", metavar="N", help="tokens of a prompt (default: 1024 4096)"
+    )
+    tasks.add_argument("--depths", type=int, help="needle depths of passkey and needle (default: %(default)s)")
+    tasks.add_argument("--trials", type=int, help="prompts per task, length and depth (default: %(default)s)")
+    tasks.add_argument("--haystack", metavar="FILE", help="text that facts are hidden in (default: the built-in text)")
+    tasks.add_argument("--batch-size", type=int, help="prompts per forward pass (default: %(default)s)")
+    tasks.add_argument("--seed", type=int, help="of prompts and intervals (default: %(default)s)")
+
+    suites = parser.add_argument_group("standard suites (need lm_eval)")
+    suites.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm_eval, separated by commas")
+    suites.add_argument("--lm-eval-limit", type=float, metavar="N", help="examples of each, or a share if below 1")
+
+    parser.add_argument("--output", metavar="DIR", help="write eval.json and eval.html here")
+    parser.add_argument("--resume", action="store_true", help="take what an earlier run into --output has finished")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: the first accelerator, else cpu)")
     parser.add_argument("--trust-remote-code", action="store_true", help="allow code in the checkpoints to run")
+    parser.set_defaults(**dataclasses.asdict(Settings()))
     return parser
 
 
@@ -449,30 +483,36 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit code.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    if "--quick" in argv:
+        parser.set_defaults(**QUICK)
+    args = parser.parse_args(argv)
     if args.output is not None:
         require_matplotlib()
+    elif args.resume:
+        raise NSAError("--resume needs the --output DIR of the run to go on with")
+    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+    settings["lm_eval"] = args.lm_eval.split(",") if args.lm_eval else ()
+    finished = None if args.output is None else Path(args.output) / "finished.json"
+    if finished is not None and not args.resume:
+        finished.unlink(missing_ok=True)
     report = evaluate(
-        args.model,
+        args.models,
         args.against,
-        None if args.text_file is None else read_text(args.text_file),
-        text_name=args.text_file,
-        length=args.length,
-        slices=args.slices,
+        None if args.text_file is None else {name: read_files([name]) for name in args.text_file},
+        haystack=None if args.haystack is None else read_text(args.haystack),
+        finished=finished,
         dtype=args.dtype,
         device=args.device,
         trust_remote_code=args.trust_remote_code,
+        **settings,
     )
-    if report.length < args.length:
-        print(f"the text holds only {report.length:,} tokens: one slice of that length", file=sys.stderr)
-    elif report.slices < args.slices:
-        print(f"the text holds only {report.slices} slices of {report.length:,} tokens", file=sys.stderr)
-    if args.json:
-        print(json.dumps(report.to_dict(), indent=2))
-    else:
-        print(f"loss by position (nats per token), {report.slices} x {report.length:,} tokens of {report.text}\n")
-        print(report.table())
+    for name, lengths in report.texts.items():
+        if max(lengths) < args.length:
+            print(f"{name} holds only {max(lengths):,} tokens", file=sys.stderr)
+        if len(lengths) < args.slices:
+            print(f"{name} holds only {len(lengths)} text(s) of {max(lengths):,} tokens", file=sys.stderr)
+    print(json.dumps(report.to_dict(), indent=2) if args.json else report.text())
     if args.output is not None:
-        json_path, png_path = report.save(args.output)
-        print(f"wrote {json_path} and {png_path}", file=sys.stderr)
+        print("wrote {} and {}".format(*report.save(args.output)), file=sys.stderr)
     return 0

@@ -30,7 +30,7 @@ from transformers.utils import cached_file, is_accelerate_available, is_peft_ava
 
 from .data import PackedRows, PackedRowsCollator, encode_documents, hold_out, pack, read_dataset, read_files
 from .errors import NSAError
-from .evaluate import PositionBucket, format_position_table, loss_by_position, mean_loss, position_edges
+from .loss import PositionBucket, format_position_table, loss_by_position, mean_loss, position_edges
 from .plots import plot_loss_curve, plot_position_loss, require_matplotlib
 from .sources import load_model
 

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import NSAError
 
-__all__ = ["plot_loss_curve", "plot_position_loss", "require_matplotlib"]
+__all__ = ["bucket_label", "plot_bars", "plot_heatmaps", "plot_loss_curve", "plot_position_loss", "require_matplotlib"]
 
 # Okabe-Ito: told apart by colour-blind readers and in grey print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -29,13 +29,19 @@ def require_matplotlib() -> None:
         raise NSAError("drawing needs matplotlib: pip install 'nsa-transformers[eval]'") from None
 
 
-def _new_figure(title: str, x_label: str, y_label: str):
-    """One axes with the house look; the figure never touches pyplot's global state."""
+def _canvas(width: float, height: float):
+    """An empty figure that never touches pyplot's global state; sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def _new_figure(title: str, x_label: str, y_label: str):
+    """One axes with the house look."""
+    figure = _canvas(7.2, 4.2)
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=12, loc="left")
     axes.set_xlabel(x_label)
@@ -69,13 +75,13 @@ def plot_loss_curve(log_history: Sequence[Mapping[str, Any]], path: str | Path, 
 
 
 def plot_position_loss(
-    series: Mapping[str, Sequence[Any]], path: str | Path, title: str = "Loss by position in the text"
+    series: Mapping[str, Sequence[Any]], path: str | Path | BinaryIO, title: str = "Loss by position in the text"
 ) -> None:
     """Draw mean loss per position bucket, one line per model.
 
     Args:
         series: label -> buckets with `start`, `end` (exclusive) and `loss`, as `loss_by_position` returns them.
-        path: the PNG to write.
+        path: the PNG to write, or a binary file.
         title: shown above the axes.
     """
     figure, axes = _new_figure(title, "position in the text (tokens)", "mean loss (nats per token)")
@@ -95,6 +101,75 @@ def plot_position_loss(
     axes.set_xticks(range(len(names)), names, rotation=30 if crowded else 0, ha="right" if crowded else "center")
     axes.margins(x=0.04, y=0.12)
     axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def plot_bars(
+    series: Mapping[str, Sequence[float]], names: Sequence[str], path: str | Path | BinaryIO, title: str, y_label: str
+) -> None:
+    """Draw groups of bars side by side, one colour per label.
+
+    Args:
+        series: label -> one height per name.
+        names: of the groups.
+        path: the PNG to write, or a binary file.
+        title: shown above the axes.
+        y_label: of the heights.
+    """
+    figure, axes = _new_figure(title, "", y_label)
+    width = 0.8 / len(series)
+    for index, (label, heights) in enumerate(series.items()):
+        places = [group + (index - (len(series) - 1) / 2) * width for group in range(len(names))]
+        axes.bar(places, heights, width, color=COLORS[index % len(COLORS)], label=label)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def plot_heatmaps(
+    panels: Mapping[str, Sequence[Sequence[float]]],
+    path: str | Path | BinaryIO,
+    *,
+    x_label: str,
+    y_label: str,
+    x_names: Sequence[str] | None = None,
+    y_names: Sequence[str] | None = None,
+    limits: tuple[float, float] | None = None,
+) -> None:
+    """Draw matrices side by side, up to three in a row, on one colour scale.
+
+    Args:
+        panels: title -> rows of numbers.
+        path: the PNG to write, or a binary file.
+        x_label, y_label: of columns and rows.
+        x_names, y_names: of every column and row, with the numbers written in; None numbers them.
+        limits: ends of the colour scale; None takes the smallest and the largest number.
+    """
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    rows = len(next(iter(panels.values())))
+    figure = _canvas(1 + 2.7 * columns, lines * max(1.9, 0.9 + 0.16 * rows))
+    every = [number for matrix in panels.values() for row in matrix for number in row]
+    low, high = limits or (min(every), max(every))
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (title, matrix) in zip(grid.flat, panels.items()):
+        image = axes.imshow(matrix, vmin=low, vmax=high, cmap="viridis", aspect="auto")
+        axes.set_title(title, fontsize=8, loc="left")
+        axes.set_xlabel(x_label, fontsize=8)
+        axes.set_ylabel(y_label, fontsize=8)
+        axes.tick_params(labelsize=7)
+        if x_names is not None:
+            axes.set_xticks(range(len(x_names)), x_names)
+        if y_names is not None:
+            axes.set_yticks(range(len(y_names)), y_names)
+        if x_names is not None and y_names is not None:
+            for y, row in enumerate(matrix):
+                for x, number in enumerate(row):
+                    dark = number < (low + high) / 2
+                    axes.text(x, y, f"{number:.2f}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
+    figure.colorbar(image, ax=list(grid.flat[: len(panels)]), shrink=0.8).ax.tick_params(labelsize=7)
     figure.savefig(path)
 
 

@@ -40,7 +40,7 @@ class VerifyReport:
         return asdict(self) | {"losses": losses}
 
     def __str__(self):
-        from nsa_conversion.evaluate import format_position_table
+        from nsa_conversion.loss import format_position_table
 
         verdict = {True: "equal", False: "NOT equal", None: "the weights were rounded to another dtype"}[self.exact]
         return "\n".join(
@@ -84,8 +84,8 @@ def verify(
     """
     import torch
 
-    from nsa_conversion.evaluate import loss_by_position, position_edges
     from nsa_conversion.key_map import changed_window
+    from nsa_conversion.loss import loss_by_position, position_edges
     from nsa_conversion.sources import load_model, resolve
 
     if length is not None and length < 2:
