@@ -122,8 +122,8 @@ class NSAGateScale(nn.Module):
     @classmethod
     def scale(cls, gates, delta):
         """Scale gates `[B, T, HQ, 3]` by δ."""
-        start = torch.tensor(cls.start, device=gates.device)
-        scale = cls.step * delta.float().unflatten(-1, (-1, 3)) + start  # [1, 1, H, 3]
+        scale = cls.step * delta.float().unflatten(-1, (-1, 3))  # [1, 1, H, 3]
+        scale = torch.stack([x + start for x, start in zip(scale.unbind(-1), cls.start)], dim=-1)
         return gates * scale.repeat_interleave(gates.shape[-2] // scale.shape[-2], dim=-2).to(gates.dtype)
 
 

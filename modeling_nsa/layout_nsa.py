@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nsa_kernels import compressed_cu_seqlens, num_compressed_blocks
+from nsa_kernels import MAX_DECODE_QUERIES, compressed_cu_seqlens, num_compressed_blocks
 
 __all__ = ["NSALayout", "build_layout", "restarts"]
 
@@ -97,7 +97,8 @@ def build_layout(config, inputs_embeds, attention_mask, position_ids, past_key_v
     (B, T), device = inputs_embeds.shape[:2], inputs_embeds.device
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
     if isinstance(past, torch.Tensor):
-        past = past.to(device).clone()  # the cache counts on in place
+        # the kernels for long chunks need the number; decoding does not wait for it, and the cache counts on in place
+        past = int(past) if T > MAX_DECODE_QUERIES else past.to(device).clone()
     cu_seqlens = _packed_sequences(B, T, attention_mask, position_ids, past_key_values, cu_seqlens)
     padding = {}
     if attention_mask is not None:
@@ -165,7 +166,8 @@ def _check_mask(attention_mask, B, T, past, past_key_values):
         )
     if attention_mask.dtype == torch.bool:
         return attention_mask
-    if not torch.compiler.is_compiling() and ((attention_mask != 0) & (attention_mask != 1)).any():
+    known = not torch.compiler.is_compiling() and isinstance(past, int)
+    if known and ((attention_mask != 0) & (attention_mask != 1)).any():
         raise ValueError(f"`attention_mask` must hold only 0 and 1, got other values. {supported}")
     return attention_mask.bool()
 
@@ -180,18 +182,25 @@ def _take(x, past, T):
 def _padding(mask, past, T, position_ids, past_key_values):
     """The fields of `NSALayout` that padding decides, and `cached`: the cache's (leftpad, order) where they differ."""
     compiling = torch.compiler.is_compiling()
-    if not compiling and not isinstance(past, torch.Tensor) and mask.all():
+    unread = compiling or isinstance(past, torch.Tensor)  # nothing may be read back from the device
+    if not unread and mask.all():
         return {}
     new = _take(mask, past, T)
     seen = mask.sum(1) - new.sum(1)  # real tokens in the cache
     begun = seen > 0
     leftpad = torch.where(begun, past - seen, past + T - new.sum(1))
-    if compiling and T == 1:
+    late = (
+        "`attention_mask` has padding behind real tokens that a static cache already holds. Pad the rows on the left, "
+    )
+    late += "or use a dynamic cache."
+    if unread and not compiling:
+        torch._assert_async(~(begun[:, None] & ~new).any(), late)
+    if unread and T == 1:
         return {"leftpad": leftpad}
     # rows not begun: padding first; rows begun: padding last
     key = (new ^ begun[:, None]).int()
     order = key.argsort(dim=1, stable=True)
-    if compiling:
+    if unread:
         return {"leftpad": leftpad, "order": order}
     if not (key[:, 1:] < key[:, :-1]).any():
         order = None
@@ -202,10 +211,7 @@ def _padding(mask, past, T, position_ids, past_key_values):
     trailing = trailing if trailing.any() else None
     static = past_key_values is not None and past_key_values.is_compileable
     if trailing is not None and static:
-        raise ValueError(
-            "`attention_mask` has padding behind real tokens that a static cache already holds. Pad the rows on the "
-            "left, or use a dynamic cache."
-        )
+        raise ValueError(late)
     # padding at negative positions gives 0 by itself; trailing padding has to be told apart
     cached, real = None, None if trailing is None else new if order is None else new.gather(1, order)
     if order is not None and isinstance(past, int) and past == 0 and not holes and not static:

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from tiny_nsa import close, every_variant, logits, make_ids, make_model, sparse_variants
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from modeling_nsa import NSAConfig, NSADynamicLayer, NSAForCausalLM, NSAStaticLayer
@@ -175,3 +176,66 @@ def test_compression_runs_once_per_finished_block(monkeypatch):
         step(model, ids[:, t : t + 1], cache)
     assert sum(counted) == 14  # (60 - 8) // 4 + 1
     assert max(counted[1:]) == 1
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a GPU: values read back, shapes that depend on them, lists copied."""
+
+    refused = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        by_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        from_list = name == "lift_fresh" and args[0].dim() > 0
+        waits = name in self.refused or by_mask or from_list
+        assert not waits, operation
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("variant", ["separate", "shared", "mlp", "qwen3-like"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_step_with_a_static_cache_never_waits_for_the_device(variant, padded):
+    model, ids = make_model(variant), make_ids(2, 40)
+    mask = torch.ones(2, 64, dtype=torch.bool)
+    mask[1, :5] = not padded
+    mask[:, 40:] = False
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    outputs = []
+    with torch.no_grad():
+        for start, stop in ((0, 30), (30, 31), (31, 34), (34, 35), (35, 40)):
+            seen = mask & (torch.arange(64) < stop) if padded else None
+            with NoWaiting() if start else torch.no_grad():
+                outputs.append(model(ids[:, start:stop], attention_mask=seen, past_key_values=cache).logits)
+    expected = logits(model, ids, attention_mask=mask[:, :40].long())
+    real = mask[:, :40]
+    close(torch.cat(outputs, 1)[real], expected[real])
+
+
+def test_padding_behind_cached_tokens_is_refused_by_a_static_cache():
+    model, ids = make_model(), make_ids(2, 30)
+    mask = torch.ones_like(ids)
+    mask[1, 10:] = 0
+    for width in (1, 17):
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        step(model, ids[:, :10], cache)
+        with pytest.raises((ValueError, RuntimeError), match="padding behind real tokens that a static cache"):
+            model(ids[:, :width], attention_mask=mask[:, : 10 + width], past_key_values=cache)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_compiled_steps_are_one_graph_that_is_never_compiled_again(backend):
+    """As `generate` does with a static cache; ragged rows."""
+    torch._dynamo.reset()
+    small = {"head_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model, ids = make_model(nsa_backend=backend, **small), make_ids(2, 34)
+    mask = torch.ones(2, 64, dtype=torch.bool)
+    mask[1, :5] = mask[:, 34:] = False
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        outputs = [model(ids[:, :30], attention_mask=mask & (torch.arange(64) < 30), past_key_values=cache).logits]
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for t in range(30, 34):
+            seen = mask & (torch.arange(64) <= t)
+            outputs.append(compiled(ids[:, t : t + 1], attention_mask=seen, past_key_values=cache).logits)
+    expected = logits(model, ids, attention_mask=mask[:, :34].long())
+    close(torch.cat(outputs, 1)[mask[:, :34]], expected[mask[:, :34]])
