@@ -177,7 +177,7 @@ def test_gate_and_gradient_of_other_branches():
     layout = Layout(q)
     q, k, v, gate = (x.detach() for x in (q, k, v, gate))
     o, lse = selected.selected_forward(q, k, v, indices, 16, 0.25, layout)
-    arguments = (do, q, k, v, indices, lse, gate * (o * do).sum(-1), 16, 0.25, layout)
+    arguments = (do, q, k, v, indices, lse, (o * do).sum(-1), 16, 0.25, layout)
     got = selected.selected_backward(*arguments, gate=gate)
     other = torch.randn_like(q)
     total, *_ = selected.selected_backward(*arguments, gate=gate, dq=other.clone())
@@ -214,7 +214,7 @@ q, k, v = (torch.empty(1, 4096, h, d, dtype=torch.bfloat16) for h, d in
            (({heads * groups}, {dim}), ({heads}, {dim}), ({heads}, {v_dim})))
 indices = torch.empty(1, 4096, {heads}, 16, dtype=torch.int32)
 o, lse = selected_forward(q, k, v, indices, 64, 0.1, Layout(q))
-selected_backward(o, q, k, v, indices, lse, lse, 64, 0.1, Layout(q))
+selected_backward(o, q, k, v, indices, lse, lse, 64, 0.1, Layout(q), gate=lse)
 """)
     assert {"_forward_kernel", "_dq_kernel", "_dkdv_kernel"} <= {launch["kernel"] for launch in launches}
     for launch in launches:

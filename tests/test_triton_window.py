@@ -127,7 +127,7 @@ def test_gate_and_gradient_of_other_branches():
     layout = Layout(q)
     q, k, v, gate = (x.detach() for x in (q, k, v, gate))
     o, lse, _ = window.window_forward(q, k, v, 20, 0.25, layout)
-    delta = gate * (o * do).sum(-1)
+    delta = (o * do).sum(-1)
     got = window.window_backward(do, q, k, v, lse, delta, 20, 0.25, layout, gate=gate)
     other = torch.randn_like(q)
     total, *_ = window.window_backward(do, q, k, v, lse, delta, 20, 0.25, layout, gate=gate, dq=other.clone())
@@ -144,7 +144,7 @@ from nsa_kernels.window import window_backward, window_forward
 q, k, v = (torch.empty(1, 4096, h, d, dtype=torch.bfloat16) for h, d in
            (({heads * groups}, {dim}), ({heads}, {dim}), ({heads}, {v_dim})))
 o, lse, _ = window_forward(q, k, v, 512, 0.1, Layout(q))
-window_backward(o, q, k, v, lse, lse, 512, 0.1, Layout(q))
+window_backward(o, q, k, v, lse, lse, 512, 0.1, Layout(q), gate=lse)
 """)
     assert {"_forward_kernel", "_dq_kernel", "_dkdv_kernel"} <= {launch["kernel"] for launch in launches}
     for launch in launches:

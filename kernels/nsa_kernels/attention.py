@@ -134,7 +134,7 @@ def _prepare(do, outputs, gates, layout):
 
     Returns:
         do_cmp: g_cmp · do, for the one kernel that has no registers left for a gate.
-        deltas: fp32 `[B, T, HQ]` for each branch, gate · Σ o · do.
+        deltas: fp32 `[B, T, HQ]`, Σ o · do_cmp of the first branch and Σ o · do of the others.
         gates_fp32: g_slc and g_win as the kernels read them.
         dgates: Σ o · do in the dtypes of the gates.
     """
@@ -214,8 +214,8 @@ def _prepare_kernel(
     dg_slc = _dot_rows(o_slc_ptr + by_token * DV, do, mask, DV, BLOCK)
     dg_win = _dot_rows(o_win_ptr + by_token * DV, do, mask, DV, BLOCK)
     tl.store(delta_cmp_ptr + by_head, g_cmp * dg_cmp, mask=mask)
-    tl.store(delta_slc_ptr + by_token, g_slc * dg_slc, mask=mask)
-    tl.store(delta_win_ptr + by_head, g_win * dg_win, mask=mask)
+    tl.store(delta_slc_ptr + by_token, dg_slc, mask=mask)
+    tl.store(delta_win_ptr + by_head, dg_win, mask=mask)
     tl.store(gate_slc_ptr + by_token, g_slc, mask=mask)
     tl.store(gate_win_ptr + by_head, g_win, mask=mask)
     tl.store(dg_cmp_ptr + by_token, dg_cmp.to(dg_cmp_ptr.dtype.element_ty), mask=mask)

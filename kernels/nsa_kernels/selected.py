@@ -197,7 +197,7 @@ def selected_backward(do, q, k, v, block_indices, lse, delta, select_block_size,
         do: Gradient of o, or with a gate of `gate · o`.
         q, k, v, block_indices, layout, select_block_size, scale: As given to `selected_forward`.
         lse: What it returned.
-        delta: fp32 `[B, T, HQ]`, of `row_delta`.
+        delta: fp32 `[B, T, HQ]`, of `row_delta` without the gate.
         gate: `[B, T, HQ]` or None.
         dq: Contiguous gradient of q by other branches, to which this one is added in place, or None.
 

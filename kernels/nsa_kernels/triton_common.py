@@ -483,15 +483,16 @@ def add_dq(
     Args:
         visible: `[M, N]`, read only if MASKED.
         lse_log2: `[M]`, lse times log2(e), +inf for a row without a key.
-        gate: `[M]`, read only if HAS_GATE: `do` is the gradient of `gate · o` then.
+        delta: `[M]`, of `row_delta`.
+        gate: `[M]`, read only if HAS_GATE: `do` is the gradient of `gate · o` then, and delta knows no gate.
     """
     s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
     p = tl.exp2(s * scale_log2 - lse_log2[:, None])
     if MASKED:
         p = tl.where(visible, p, 0.0)
-    dp = dot_pair(do_1, do_2, v_1, v_2, DV2, PRECISION)
     if HAS_GATE:
-        dp *= gate[:, None]
+        p *= gate[:, None]
+    dp = dot_pair(do_1, do_2, v_1, v_2, DV2, PRECISION)
     ds = p * (dp - delta[:, None])
     return add_product(acc_1, acc_2, ds.to(k_1.dtype), k_1, k_2, D2, PRECISION)
 
@@ -531,12 +532,10 @@ def add_dkdv(
     p = tl.exp2(s * scale_log2 - lse_log2[None, :])
     if MASKED:
         p = tl.where(visible, p, 0.0)
-    dp = dot_pair(v_1, v_2, do_1, do_2, DV2, PRECISION)
     if HAS_GATE:
-        dv_1, dv_2 = add_product(dv_1, dv_2, (p * gate[None, :]).to(do_1.dtype), do_1, do_2, DV2, PRECISION)
-        dp *= gate[None, :]
-    else:
-        dv_1, dv_2 = add_product(dv_1, dv_2, p.to(do_1.dtype), do_1, do_2, DV2, PRECISION)
+        p *= gate[None, :]
+    dp = dot_pair(v_1, v_2, do_1, do_2, DV2, PRECISION)
+    dv_1, dv_2 = add_product(dv_1, dv_2, p.to(do_1.dtype), do_1, do_2, DV2, PRECISION)
     ds = p * (dp - delta[None, :])
     dk_1, dk_2 = add_product(dk_1, dk_2, ds.to(q_1.dtype), q_1, q_2, D2, PRECISION)
     return dk_1, dk_2, dv_1, dv_2

@@ -147,7 +147,7 @@ def window_backward(do, q, k, v, lse, delta, window_size, scale, layout, *, gate
         do: Gradient of o, or with a gate of `gate · o`.
         q, k, v, layout, window_size, scale: As given to `window_forward`.
         lse: What it returned.
-        delta: fp32 `[B, T, HQ]`, of `row_delta`, best by head.
+        delta: fp32 `[B, T, HQ]`, of `row_delta` by head, without the gate.
         gate: `[B, T, HQ]` or None.
         dq: Contiguous gradient of q by other branches, to which this one is added in place, or None.
 
