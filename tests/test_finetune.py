@@ -344,7 +344,6 @@ def test_a_failed_save_leaves_no_half_model(tmp_path, monkeypatch, checkpoint, t
             {"train_file": "TEXT", "lora": True, "lora_target_modules": ["q_proj", "qproj", "mlp"]},
             r"\['qproj', 'mlp'\] match no linear layer of the model; it has .*'q_proj'",
         ),
-        ({"train_file": "TEXT", "push_to_hub": True}, "--push-to-hub is not supported"),
         ({"train_file": "TEXT", "learning_rat": 1.0}, r"unknown settings \['learning_rat'\]"),
     ],
 )

@@ -1,189 +1,243 @@
 # Copyright 2026 The NSA for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Saved models bring their own code: what is written, and that it runs where this project is not installed."""
+"""Uploads, against a hub on this machine: `nsa push`, `push_to_hub`, `nsa finetune --push-to-hub`, and loading them."""
 
+import importlib
 import json
 import os
-import subprocess
-import sys
-import sysconfig
-from pathlib import Path
+import shutil
+import socket
 
 import pytest
 import torch
-import transformers
-from tiny_nsa import make_ids, make_model
-from transformers.dynamic_module_utils import get_imports, get_relative_import_files
+from local_hub import use_hub
+from test_finetune import QUIET, SHORT, checkpoint, make_nsa, text_file  # noqa: F401 - fixtures
+from tiny import make_checkpoint
+from tiny_nsa import make_model
 
-import modeling_nsa
-from modeling_nsa import NSAConfig, NSAForCausalLM, NSAForSequenceClassification, hub_nsa
-from nsa_kernels import interface
+from modeling_nsa import NSAForCausalLM
+from modeling_nsa.hub_nsa import AUTO_MAP, remote_code
+from nsa_conversion import cli, finetune, push
+from nsa_conversion.errors import NSAError
 
-ROOT = Path(__file__).resolve().parents[1]
-# An interpreter that sees installed libraries, but no .pth file: this project may be installed in editable form.
-WITHOUT_PROJECT = f"import sys; sys.path += {sorted({sysconfig.get_path('purelib'), sysconfig.get_path('platlib')})}\n"
-
-
-def code_files(directory):
-    return {path.name: path.read_text(encoding="utf-8") for path in Path(directory).glob("*.py")}
+CODE = set(remote_code())
 
 
-def run_remote(folder):
-    """Run `use_remote_code.py` on `folder` without this project; returns what it did."""
-    script = str(ROOT / "tests" / "use_remote_code.py")
-    code = f"{WITHOUT_PROJECT}import runpy; sys.argv = [{script!r}, {str(folder)!r}]\n"
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    result = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", f"{code}runpy.run_path({script!r}, run_name='__main__')"],
-        env=environment | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"},
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-@torch.no_grad()
-def record(model, folder, name, **more):
-    """Save a model and what it computes as `folder/name` and `folder/name.pt`."""
-    ids = make_ids(2, 61)
-    torch.save({"ids": ids, "logits": model(ids).logits, **more}, folder / f"{name}.pt")
-    model.save_pretrained(folder / name)
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with use_hub(monkeypatch) as hub:
+        yield hub
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What `use_remote_code.py` needs: models of every kind, and what they compute."""
+def adapter(tmp_path_factory, checkpoint):  # noqa: F811
     from peft import LoraConfig, get_peft_model
 
-    folder = tmp_path_factory.mktemp("saved")
-    model = make_model("qwen3-like", layer_types=["full_attention", "native_sparse_attention"])
-    prompt = make_ids(1, 40, seed=1)
-    generated = model.generate(prompt, max_new_tokens=12, do_sample=False)
-    record(model, folder, "causal", prompt=prompt, generated=generated)
-    config = NSAConfig(**{**model.config.to_dict(), "num_labels": 3, "pad_token_id": 0})
-    record(NSAForSequenceClassification(config).eval(), folder, "classifier")
-    lora = LoraConfig(
-        task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj_cmp"], modules_to_save=["self_attn.gate"], r=2
+    path = tmp_path_factory.mktemp("adapter")
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2)
+    get_peft_model(NSAForCausalLM.from_pretrained(checkpoint), lora).save_pretrained(path)
+    return path
+
+
+def content(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_push_uploads_model_code_card_and_nothing_else(hub, tmp_path):
+    model = make_nsa(tmp_path / "model")
+    (model / "modeling_nsa.py").write_text("# an older version")
+    (model / "data.txt").write_text("private")
+    (model / "optimizer.pt").write_bytes(b"0")
+    (model / "checkpoint-1").mkdir()
+    shutil.copy(model / "config.json", model / "checkpoint-1")
+    before = content(model)
+    url, sizes = push(model, "tiny", license="mit", base_model="owner/dense", private=True)
+    files = hub.repos["me/tiny"]["main"]
+    assert url.startswith(f"{hub.endpoint}/me/tiny/commit/")
+    assert hub.created == [{"name": "tiny", "organization": None, "visibility": "private"}]
+    assert {name: len(content) for name, content in files.items() if name != ".gitattributes"} == sizes
+    expected = {"config.json", "generation_config.json", "model.safetensors", "nsa_conversion.json", "README.md"}
+    assert set(sizes) == CODE | expected | {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert files["modeling_nsa.py"].decode() == remote_code()["modeling_nsa.py"]
+    assert json.loads(files["config.json"])["auto_map"] == AUTO_MAP
+    assert "base_model: owner/dense" in files["README.md"].decode()
+    assert "license: mit" in files["README.md"].decode()
+    assert content(model) == before
+
+
+def test_push_without_code_to_a_branch_and_as_pull_request(hub, tmp_path):
+    model = make_nsa(tmp_path / "model")
+    push(model, "me/tiny", remote_code=False, revision="dev", commit_message="Try")
+    assert hub.commits == [("me/tiny", "dev", "Try")]
+    files = hub.repos["me/tiny"]["dev"]
+    assert not CODE & set(files)
+    assert "auto_map" not in json.loads(files["config.json"])
+    assert "trust_remote_code" not in files["README.md"].decode()
+    url, _ = push(model, "me/tiny", create_pr=True)
+    assert url == f"{hub.endpoint}/me/tiny/discussions/1"
+
+
+def test_a_card_of_ones_own_is_uploaded_unchanged(hub, tmp_path):
+    model = make_nsa(tmp_path / "model")
+    (model / "README.md").write_text("mine")
+    push(model, "me/tiny")
+    assert hub.repos["me/tiny"]["main"]["README.md"] == b"mine"
+
+
+def test_push_an_adapter(hub, adapter):
+    with pytest.raises(NSAError, match="is not on the hub"):
+        push(adapter, "me/lora")
+    assert hub.repos == {}
+    push(adapter, "me/lora", base_model="me/tiny")
+    files = hub.repos["me/lora"]["main"]
+    assert set(files) == {"adapter_config.json", "adapter_model.safetensors", "README.md", ".gitattributes"}
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "me/tiny"
+
+
+def test_push_a_dense_model(hub, tmp_path):
+    push(make_checkpoint(tmp_path / "dense"), "me/dense")
+    assert not CODE & set(hub.repos["me/dense"]["main"])
+
+
+def test_save_pretrained_and_push_to_hub_bring_the_code(hub):
+    model = make_model()
+    model.push_to_hub("tiny")
+    assert set(hub.repos["me/tiny"]["main"]) >= CODE | {"model.safetensors", "README.md"}
+    assert "native-sparse-attention" in hub.repos["me/tiny"]["main"]["README.md"].decode()
+    model.config.push_to_hub("settings")
+    assert set(hub.repos["me/settings"]["main"]) >= CODE | {"config.json"}
+
+
+@pytest.mark.parametrize("where", ["model", "config"])
+def test_save_pretrained_with_push_to_hub(hub, tmp_path, where):
+    model = make_model()
+    saved = model if where == "model" else model.config
+    saved.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/saved")
+    assert set(hub.repos["me/saved"]["main"]) >= CODE | {"config.json"}
+    assert set(os.listdir(tmp_path / "saved")) >= CODE | {"config.json"}
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "end", "checkpoint", "all_checkpoints"])
+def test_finetune_pushes(hub, tmp_path, checkpoint, text_file, strategy):  # noqa: F811
+    settings = {**SHORT, **QUIET, "max_steps": 2, "eval_slices": 0, "save_strategy": "steps", "save_steps": 1}
+    if strategy == "checkpoint":
+        settings |= {"lora": True}
+    output = tmp_path / "trained"
+    report = finetune(
+        checkpoint,
+        output,
+        train_file=text_file,
+        push_to_hub=True,
+        hub_strategy=strategy,
+        hub_always_push=True,
+        hub_private_repo=True,
+        **settings,
     )
-    adapted = get_peft_model(NSAForCausalLM.from_pretrained(folder / "causal"), lora).eval()
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    record(adapted, folder, "adapter")
-    return folder
+    assert report.hub_url.startswith(f"{hub.endpoint}/me/trained/commit/")
+    assert hub.created[0]["visibility"] == "private"
+    files = hub.repos["me/trained"]["main"]
+    assert files["model.safetensors"] == (output / "model.safetensors").read_bytes()
+    assert set(files) >= CODE | {"README.md", "nsa_finetune.json", "tokenizer.json"}
+    assert "2 steps" in files["README.md"].decode()
+    assert "adapter_config.json" not in files  # beside a whole model it would be loaded into it
+    folders = {name.split("/")[0] for name in files if "/" in name}
+    assert (
+        folders
+        == {
+            "every_save": set(),
+            "end": set(),
+            "checkpoint": {"adapter", "last-checkpoint"},
+            "all_checkpoints": {"checkpoint-1", "checkpoint-2"},
+        }[strategy]
+    )
+    assert len(hub.commits) == {"every_save": 3, "end": 1, "checkpoint": 5, "all_checkpoints": 5}[strategy]
 
 
-def test_every_file_is_reached_from_both_entry_points(tmp_path):
-    hub_nsa.write_remote_code(tmp_path)
-    files = {str(path) for path in tmp_path.glob("*.py")}
-    for entry in ("configuration_nsa.py", "modeling_nsa.py"):
-        assert {*get_relative_import_files(tmp_path / entry), str(tmp_path / entry)} == files
-    for file in files:
-        assert not {"nsa_kernels", "modeling_nsa", "triton"} & set(get_imports(file))
-    names = {Path(file).name for file in files}
-    assert names >= {path.name for path in (ROOT / "modeling_nsa").glob("[!_]*.py")}
-    triton = {interface._triton(operation).__module__ for operation in interface._TRITON_OPERATIONS}
-    assert names >= {f"{module.replace('.', '_')}.py" for module in triton}
+def test_finetune_asks_the_hub_before_it_trains(hub, tmp_path, checkpoint, text_file):  # noqa: F811
+    hub.refuse = 403
+    with pytest.raises(NSAError, match=r"--push-to-hub: cannot upload to trained: 403.*hf auth login"):
+        finetune(checkpoint, tmp_path / "trained", train_file=text_file, push_to_hub=True, **SHORT, **QUIET)
+    assert not (tmp_path / "trained").exists()
 
 
-def test_flat_code_stays_as_it_is(tmp_path, monkeypatch):
-    hub_nsa.write_remote_code(tmp_path)
-    code = code_files(tmp_path)
-    monkeypatch.setattr(hub_nsa, "__file__", str(tmp_path / "hub_nsa.py"))
-    assert hub_nsa.remote_code.__wrapped__() == code
+def test_a_refused_upload_leaves_the_trained_model(hub, tmp_path, checkpoint, text_file, monkeypatch):  # noqa: F811
+    module = importlib.import_module("nsa_conversion.finetune")
+    original = module._push
 
+    def refused(trainer):
+        hub.refuse = 500
+        return original(trainer)
 
-def test_only_imports_change():
-    for path in (ROOT / "modeling_nsa" / "cache_nsa.py", ROOT / "kernels" / "nsa_kernels" / "window.py"):
-        old = path.read_text(encoding="utf-8").splitlines()
-        new = hub_nsa.remote_code()[f"{hub_nsa._flat(path)}.py"].splitlines()
-        added = [line for line in new if line not in old]
-        assert added
-        assert all(line.split()[0] in ("from", "import", "try:", "except", "raise") for line in added), added
+    monkeypatch.setattr(module, "_push", refused)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    output = tmp_path / "trained"
+    with pytest.raises(NSAError, match=f"upload it with `nsa push {output} me/trained`"):
+        finetune(checkpoint, output, train_file=text_file, push_to_hub=True, **SHORT, **QUIET)
+    assert (output / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
-    "statement, reason",
+    "change, message",
     [
-        ("import numpy", "do not bring"),
-        ("from ..package import name", "same folder"),
-        ("from .package.module import name", "same folder"),
-        ("from .nothing import name", "no such module"),
-        ("from . import nothing", "not a module"),
-        ("from nsa_kernels import window", "from its package"),
-        ("from  nsa_kernels import nsa_attention", "must start with"),
-        ("import nsa_kernels", "do not bring"),
-        ("def f(name):\n    import importlib\n    return importlib.import_module(name)", "cannot be followed"),
-        ("from . import alone", "would not be copied"),
+        (lambda model: shutil.rmtree(model), "is not a directory"),
+        (lambda model: (model / "config.json").unlink(), "holds no model"),
+        (lambda model: (model / "config.json").write_text("{"), "is not valid JSON"),
+        (lambda model: (model / "model.safetensors").unlink(), r"lacks model\.safetensors"),
+        (
+            lambda model: (model / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"a": "part-1.safetensors"}}'
+            ),
+            r"lacks part-1\.safetensors",
+        ),
     ],
 )
-def test_code_that_cannot_be_flat_is_refused(tmp_path, monkeypatch, statement, reason):
-    (tmp_path / "modeling_nsa.py").write_text(f"{statement}\n")
-    (tmp_path / "alone.py").write_text("")
-    monkeypatch.setattr(hub_nsa, "__file__", str(tmp_path / "hub_nsa.py"))
-    with pytest.raises(NotImplementedError, match=reason):
-        hub_nsa.remote_code.__wrapped__()
+def test_what_is_not_a_whole_model_is_refused(hub, tmp_path, change, message):
+    model = make_nsa(tmp_path / "model")
+    change(model)
+    with pytest.raises(NSAError, match=message):
+        push(model, "me/tiny")
+    assert hub.repos == {}
 
 
-def test_imports_of_triton_are_inside_try(tmp_path, monkeypatch):
-    (tmp_path / "modeling_nsa.py").write_text(
-        "import torch\nimport triton\nimport triton.language as tl\n\ndef f():\n    from triton.tools import (\n"
-        "        tensor_descriptor,\n    )\n    return tensor_descriptor\n"
-    )
-    monkeypatch.setattr(hub_nsa, "__file__", str(tmp_path / "hub_nsa.py"))
-    (text,) = hub_nsa.remote_code.__wrapped__().values()
-    assert text == (
-        "import torch\ntry:\n    import triton\n    import triton.language as tl\nexcept ImportError:\n    raise\n\n"
-        "def f():\n    try:\n        from triton.tools import (\n            tensor_descriptor,\n        )\n"
-        "    except ImportError:\n        raise\n    return tensor_descriptor\n"
-    )
+def test_refusals_are_one_line(hub, tmp_path, monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    model = str(make_nsa(tmp_path / "model"))
+    assert cli.main(["push", model, "not/a/repo"]) == 2
+    assert "must be a hub id (owner/name), got 'not/a/repo'" in capsys.readouterr().err
+    hub.refuse = 403
+    assert cli.main(["push", model, "me/tiny"]) == 2
+    assert "log in with `hf auth login`" in capsys.readouterr().err
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert cli.main(["push", model, "me/tiny"]) == 2
+    assert "unset HF_HUB_OFFLINE" in capsys.readouterr().err
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    assert cli.main(["push", model, "me/tiny"]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("nsa push: error: cannot upload to me/tiny: ")
 
 
-def test_auto_map_names_the_registered_classes():
-    for name, reference in hub_nsa.AUTO_MAP.items():
-        module, cls = reference.split(".")
-        registered = (
-            transformers.CONFIG_MAPPING["native_sparse_attention"]
-            if name == "AutoConfig"
-            else getattr(transformers, name)._model_mapping[NSAConfig]
-        )
-        assert registered is getattr(modeling_nsa, cls)
-        assert registered.__module__ == f"modeling_nsa.{module}"
+def test_push_from_the_command_line(hub, tmp_path, capsys):
+    model = str(make_nsa(tmp_path / "model"))
+    assert cli.main(["push", model, "me/tiny", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "model.safetensors" in out
+    assert "would upload" in out
+    assert hub.repos == {}
+    assert cli.main(["push", model, "me/tiny", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["url"].startswith(hub.endpoint)
+    assert set(report["files"]) >= CODE
+    assert cli.main(["push", model, "me/tiny"]) == 0
+    assert "uploaded" in capsys.readouterr().out
 
 
-def test_the_code_can_be_left_out(tmp_path):
+def test_a_pushed_model_loads_from_the_hub(hub, tmp_path):
     model = make_model()
-    model.save_pretrained(tmp_path / "with")
-    assert json.loads((tmp_path / "with" / "config.json").read_text())["auto_map"] == hub_nsa.AUTO_MAP
-    model.config.save_remote_code = False
-    model.save_pretrained(tmp_path / "without")
-    assert code_files(tmp_path / "without") == {}
-    assert "auto_map" not in json.loads((tmp_path / "without" / "config.json").read_text())
-    # It is a setting of the model: a copy that is loaded and saved leaves its code out as well.
-    NSAForCausalLM.from_pretrained(tmp_path / "without").save_pretrained(tmp_path / "copy")
-    assert code_files(tmp_path / "copy") == {}
-
-
-def test_with_the_package_imported_its_own_classes_are_used(tmp_path):
-    make_model().save_pretrained(tmp_path)
-    for trust_remote_code in (None, False, True):
-        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=trust_remote_code)
-        assert type(model) is NSAForCausalLM
-
-
-@pytest.mark.slow
-def test_saved_models_run_without_the_project(folder):
-    done = run_remote(folder)["done"]
-    assert done == ["logits", "generate", "heads", "save again", "train", "adapter"]
-    # What was saved there loads here, and is the same model.
-    causal = torch.load(folder / "causal.pt")
-    with torch.no_grad():
-        assert torch.equal(NSAForCausalLM.from_pretrained(folder / "again")(causal["ids"]).logits, causal["logits"])
-        adapter = torch.load(folder / "adapter.pt")
-        merged = NSAForCausalLM.from_pretrained(folder / "merged")(adapter["ids"]).logits
-    torch.testing.assert_close(merged, adapter["logits"], rtol=1e-4, atol=1e-4)
-    assert code_files(folder / "merged") == code_files(folder / "causal")
+    model.save_pretrained(tmp_path / "model")
+    push(tmp_path / "model", "me/tiny")
+    loaded = NSAForCausalLM.from_pretrained("me/tiny", cache_dir=tmp_path / "cache")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))

@@ -2,12 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Uses saved models as somebody who has not installed this project: `python use_remote_code.py FOLDER`.
 
-`test_hub.py` fills the folder and runs this in an interpreter that sees only installed libraries; it also runs by hand
-in any environment with torch and transformers. Parts that need accelerate or peft are left out where they are missing.
+`test_hub_nsa.py` fills the folder and runs this in an interpreter that sees only installed libraries; it also runs by hand
+in any environment with torch and transformers. Parts that need a GPU or Triton's interpreter, accelerate, or peft are
+left out where these are missing.
 """
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -58,6 +60,17 @@ def main(folder):
     again = load(transformers.AutoModelForCausalLM, folder / "again")
     same(again, causal)
     generates(again, causal)
+
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        again.to("cuda" if torch.cuda.is_available() else "cpu")
+        again.config.nsa_backend = "triton"
+        ids = causal["ids"][:1, :40].to(again.device)
+        with torch.no_grad():
+            logits = again(ids).logits.cpu()
+        torch.testing.assert_close(logits, causal["logits"][:1, :40], rtol=1e-3, atol=1e-3)
+        assert any(name.endswith("nsa_kernels_triton_common") for name in sys.modules)
+        again.to("cpu")
+        done.append("kernels")
 
     if importlib.util.find_spec("accelerate"):
         rows = [{"input_ids": ids, "labels": ids} for ids in causal["ids"]]

@@ -20,6 +20,7 @@ _EXPORTS = {
     "finetune": "finetune",
     "evaluate": "evaluate",
     "generate": "generate",
+    "push": "hub",
     "load_model": "sources",
     "smollm2_gguf": "sources",
     "NSAError": "errors",

@@ -14,6 +14,7 @@ COMMANDS = {
     "finetune": ("nsa_conversion.finetune", "train a converted model, fully or with LoRA"),
     "eval": ("nsa_conversion.evaluate", "loss, retrieval and selection, side by side with the dense model"),
     "generate": ("nsa_conversion.generate", "answer a prompt or chat, with streaming"),
+    "push": ("nsa_conversion.hub", "upload a model or an adapter to the Hugging Face hub"),
     "demo": ("nsa_conversion.demo", "convert, compare, fine-tune and run SmolLM2-135M from start to finish"),
 }
 

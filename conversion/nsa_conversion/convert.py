@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from nsa_conversion.card import write_card
 from nsa_conversion.errors import NSAError, listing
 from nsa_conversion.key_map import (
     NEW_PARAMETERS,
@@ -309,6 +310,7 @@ def convert(
         tokenizer = _carry_over(prepared.source, partial)
         writer.write(partial, progress)
         _write_json(partial / "nsa_conversion.json", _provenance(prepared, seed, writer))
+        write_card(partial, repo_id=dest.name)
         files = tuple(sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file()))
         if dest.exists():  # empty, checked above
             dest.rmdir()
@@ -524,6 +526,7 @@ def _provenance(prepared, seed, writer):
             "format": source.kind,
             "model_type": source.config.model_type,
             "revision": source.revision,
+            "license": source.license,
             "sha256": source.sha256(),
             "keys_left_out": sorted(prepared.ignored),
         },

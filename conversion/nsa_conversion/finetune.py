@@ -23,13 +23,16 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 import transformers
+from huggingface_hub import HfApi
 from transformers import HfArgumentParser, PreTrainedConfig, Trainer, TrainingArguments, set_seed
 from transformers.hf_argparser import string_to_bool
-from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import cached_file, is_accelerate_available, is_peft_available
+from transformers.trainer_utils import HubStrategy, get_last_checkpoint
+from transformers.utils import PushInProgress, cached_file, is_accelerate_available, is_peft_available
 
+from .card import write_card
 from .data import PackedRows, PackedRowsCollator, encode_documents, hold_out, pack, read_dataset, read_files
 from .errors import NSAError
+from .hub import MODEL_FILES, hub_errors, push
 from .loss import PositionBucket, format_position_table, loss_by_position, mean_loss, position_edges
 from .plots import plot_loss_curve, plot_position_loss, require_matplotlib
 from .sources import load_model
@@ -155,8 +158,6 @@ class FinetuneArguments(TrainingArguments):
     def __post_init__(self):
         if not self.output_dir:
             raise NSAError("--output-dir is required: the directory for the trained model")
-        if self.push_to_hub:
-            raise NSAError("--push-to-hub is not supported; upload the finished directory with `hf upload`")
         super().__post_init__()
 
 
@@ -176,6 +177,7 @@ class FinetuneReport:
         train_tokens: tokens in an epoch.
         before: loss by position on held-out text before training, or None.
         after: the same after training.
+        hub_url: address of the upload, or None.
     """
 
     output_dir: Path
@@ -186,6 +188,7 @@ class FinetuneReport:
     train_tokens: int
     before: list[PositionBucket] | None
     after: list[PositionBucket] | None
+    hub_url: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types; losses in nats per token."""
@@ -334,6 +337,31 @@ def _warn_about_length(config, max_length: int) -> None:
         )
 
 
+class _Trainer(Trainer):
+    """Uploads checkpoints from their own directories: the output directory holds no model before training has ended."""
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        args = self.args
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        strategy = HubStrategy(args.hub_strategy)
+        if not self.is_world_process_zero() or strategy == HubStrategy.END or (busy and not args.hub_always_push):
+            return
+        where = {"repo_id": self.hub_model_id, "folder_path": checkpoint_folder, "revision": args.hub_revision}
+        where |= {"commit_message": f"Training in progress, step {self.state.global_step}", "run_as_future": True}
+        adapter = (Path(checkpoint_folder) / "adapter_config.json").is_file()
+        api = HfApi(token=args.hub_token)
+        jobs = [
+            api.upload_folder(
+                **where, path_in_repo=ADAPTER_DIR if adapter else None, allow_patterns=[*MODEL_FILES, "*.py"]
+            )
+        ]
+        if strategy != HubStrategy.EVERY_SAVE:
+            last = strategy == HubStrategy.CHECKPOINT
+            folder = "last-checkpoint" if last else Path(checkpoint_folder).name
+            jobs.append(api.upload_folder(**where, path_in_repo=folder))
+        self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), *jobs])
+
+
 def _evaluation_texts(documents: Sequence[np.ndarray], max_length: int, slices: int) -> list[torch.Tensor]:
     """The `slices` longest held-out pieces of at most `max_length` tokens."""
     pieces = [document[i : i + max_length] for document in documents for i in range(0, len(document), max_length)]
@@ -475,6 +503,32 @@ def _write_results(
     }
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     write("nsa_finetune.json", {"report": report.to_dict(), "arguments": arguments, "versions": versions})
+    write_card(output, repo_id=trainer.hub_model_id)
+
+
+def _make_repository(args: FinetuneArguments) -> None:
+    """Make the repository that --push-to-hub fills, so that a refusal comes before the training."""
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    with hub_errors(f"--push-to-hub: cannot upload to {name}"):
+        api = HfApi(token=args.hub_token)
+        args.hub_model_id = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+        if args.hub_revision is not None:
+            api.create_branch(args.hub_model_id, branch=args.hub_revision, exist_ok=True)
+
+
+def _push(trainer: Trainer) -> str:
+    """Upload the finished model; returns its address."""
+    args = trainer.args
+    trainer._finish_current_push()
+    where = {"token": args.hub_token, "revision": args.hub_revision}
+    try:
+        url, _ = push(args.output_dir, trainer.hub_model_id, **where)
+    except NSAError as error:
+        raise NSAError(
+            f"{error}. The trained model is in {args.output_dir}: upload it with `nsa push {args.output_dir} "
+            f"{trainer.hub_model_id}`"
+        ) from error
+    return url
 
 
 def _run(model: ModelArguments, data: DataArguments, lora: LoraArguments, args: FinetuneArguments) -> FinetuneReport:
@@ -491,6 +545,8 @@ def _run(model: ModelArguments, data: DataArguments, lora: LoraArguments, args: 
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # it would only warn
     main_process = args.process_index == 0
+    if args.push_to_hub and main_process:
+        _make_repository(args)
     columns = {"text_column": data.text_column, "messages_column": data.messages_column}
     if data.train_file:
         documents = read_files(data.train_file, **columns)
@@ -531,7 +587,7 @@ def _run(model: ModelArguments, data: DataArguments, lora: LoraArguments, args: 
         if args.overwrite and args.resume_from_checkpoint is None and Path(args.output_dir).is_dir():
             _remove_earlier_run(Path(args.output_dir))
 
-    trainer = Trainer(
+    trainer = _Trainer(
         model=network,
         args=args,
         train_dataset=rows,
@@ -570,6 +626,8 @@ def _run(model: ModelArguments, data: DataArguments, lora: LoraArguments, args: 
     )
     if main_process:
         _write_results(trainer, report, model, data, lora)
+        if args.push_to_hub:
+            report = dataclasses.replace(report, hub_url=_push(trainer))
     return report
 
 
@@ -655,5 +713,7 @@ def main(argv: list[str]) -> int:
             print(f"wrote the merged model to {report.output_dir} and the adapter alone to {report.adapter_dir}")
         else:
             print(f"wrote the model to {report.output_dir}")
+        if report.hub_url is not None:
+            print(f"uploaded it to {report.hub_url}")
         sys.stdout.flush()
     return 0

@@ -34,6 +34,7 @@ _SMALL_FILES = [
     "tokenization_*.py",
     "LICENSE*",
     "NOTICE*",
+    "README.md",
 ]
 _HUB_ID = re.compile(r"[\w][\w.\-]*(/[\w][\w.\-]*)?")
 _CODE_FILES = ("modeling_*.py", "configuration_*.py", "tokenization_*.py")
@@ -80,6 +81,7 @@ class Source:
         index (dict[str, str] | None): `weight_map` of the index file, where there is one.
         revision (str | None): commit of a hub download.
         trust_remote_code (bool): the user allows the source's own code for tokenizer and dense model.
+        license (str | None): as its model card or the GGUF file names it, e.g. `"apache-2.0"`.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Source:
     index: dict[str, str] | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    license: str | None = None
     gguf_tensors: tuple[str, ...] = field(default=(), repr=False)
 
     @property
@@ -179,7 +182,19 @@ def resolve(source, *, revision=None, allow_pickle=False, trust_remote_code=Fals
         index=index,
         revision=fetch.commit(directory) if fetch else None,
         trust_remote_code=trust_remote_code,
+        license=_card_license(directory),
     )
+
+
+def _card_license(directory):
+    """The licence that the metadata of a model card names, or None."""
+    from huggingface_hub import ModelCard
+
+    try:
+        card = ModelCard.load(directory / "README.md", ignore_metadata_errors=True)
+    except Exception:  # no card, or one that cannot be parsed: then it names no licence
+        return None
+    return card.data.license if isinstance(card.data.license, str) else None
 
 
 class _Hub:
@@ -350,6 +365,7 @@ def _resolve_gguf(name, path, revision, accept):
         config=config,
         weight_files=(path,),
         revision=_Hub.commit(path.parent),
+        license=fields.get("general.license"),
         gguf_tensors=tuple(_gguf_to_hf(tensor) for tensor in tensors),
     )
 
