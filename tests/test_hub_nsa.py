@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from local_hub import LocalHub
 from tiny_nsa import make_ids, make_model
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
@@ -33,17 +34,20 @@ def run_remote(folder):
     """Run `use_remote_code.py` on `folder` without this project; returns what it did."""
     script = str(ROOT / "tests" / "use_remote_code.py")
     code = f"{WITHOUT_PROJECT}import runpy; sys.argv = [{script!r}, {str(folder)!r}]\n"
+    hub = LocalHub()
+    hub.repos = {"me/causal": {"main": {path.name: path.read_bytes() for path in (folder / "causal").iterdir()}}}
     triton = {"TRITON_INTERPRET": "1"} if importlib.util.find_spec("triton") and not torch.cuda.is_available() else {}
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    result = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", f"{code}runpy.run_path({script!r}, run_name='__main__')"],
-        env=environment | triton | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")},
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "HF_"))}
+    with hub:
+        result = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", f"{code}runpy.run_path({script!r}, run_name='__main__')"],
+            env=environment | triton | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "home")},
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -180,7 +184,7 @@ def test_with_the_package_imported_its_own_classes_are_used(tmp_path):
 @pytest.mark.slow
 def test_saved_models_run_without_the_project(folder):
     done = run_remote(folder)["done"]
-    assert done == ["logits", "generate", "heads", "save again", "kernels", "train", "adapter"]
+    assert done == ["logits", "generate", "heads", "save again", "hub", "kernels", "train", "adapter"]
     # What was saved there loads here, and is the same model.
     causal = torch.load(folder / "causal.pt")
     with torch.no_grad():

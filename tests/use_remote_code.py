@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Uses saved models as somebody who has not installed this project: `python use_remote_code.py FOLDER`.
 
-`test_hub_nsa.py` fills the folder and runs this in an interpreter that sees only installed libraries; it also runs by hand
-in any environment with torch and transformers. Parts that need a GPU or Triton's interpreter, accelerate, or peft are
-left out where these are missing.
+`test_hub_nsa.py` fills the folder and runs this in an interpreter that sees only installed libraries; it also runs by
+hand in any environment with torch and transformers. Parts that need a hub with the models (`HF_ENDPOINT`), a GPU or
+Triton's interpreter, accelerate, or peft are left out where these are missing.
 """
 
 import importlib.util
@@ -60,6 +60,13 @@ def main(folder):
     again = load(transformers.AutoModelForCausalLM, folder / "again")
     same(again, causal)
     generates(again, causal)
+
+    if "HF_ENDPOINT" in os.environ:
+        model = load(transformers.AutoModelForCausalLM, "me/causal")
+        same(model, causal)
+        model.save_pretrained(folder / "from_hub")
+        same(load(transformers.AutoModelForCausalLM, folder / "from_hub"), causal)
+        done.append("hub")
 
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
         again.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -244,19 +244,26 @@ def _eval_results(report, task):
     """Entries of the card's `model-index`."""
     from huggingface_hub import EvalResult
 
-    metrics = [
-        ("loss", f"Loss at positions {_range(bucket)}, nats per token", bucket["loss"])
+    def entry(dataset, kind, name, value):
+        return EvalResult(
+            task_type=task,
+            dataset_type="text",
+            dataset_name=dataset,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(value, 4),
+        )
+
+    text = Path(str(report.get("text"))).name
+    results = [
+        entry(text, "loss", f"Loss at positions {_range(bucket)}, nats per token", bucket["loss"])
         for bucket in report.get("positions") or []
     ]
     for row in report.get("retention") or []:
         if row["value"] is not None:
-            length = "" if row["length"] is None else f", {row['length']:,} tokens"
-            metrics.append(("retention", f"Share of the dense model's score kept: {row['name']}{length}", row["value"]))
-    about = {"task_type": task, "dataset_type": "text", "dataset_name": Path(str(report.get("text"))).name}
-    return [
-        EvalResult(**about, metric_type=kind, metric_name=name, metric_value=round(value, 4))
-        for kind, name, value in metrics
-    ]
+            name = row["name"] if row["length"] is None else f"{row['name']}, {row['length']:,} tokens"
+            results.append(entry(name, "retention", "Share of the dense model's score that is kept", row["value"]))
+    return results
 
 
 def base_model_of(directory: str | Path) -> str | None:

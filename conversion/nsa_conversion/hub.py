@@ -43,6 +43,7 @@ _OTHER_FILES = (
     "nsa_finetune.json",
     "log_history.json",
     "eval.json",
+    "eval.html",
     "*.png",
     "LICENSE*",
     "NOTICE*",
