@@ -185,8 +185,8 @@ def test_refuses_by_name():
 )  # fmt: skip
 def test_few_queries_with_a_past_are_decoded(monkeypatch, T, past, as_tensor, grad, decodes):
     called = []
-    compute = decode._compute
-    monkeypatch.setattr(decode, "_compute", lambda *args: called.append(True) or compute(*args))
+    attention = decode._attention
+    monkeypatch.setattr(decode, "_attention", lambda *args: called.append(True) or attention(*args))
     inputs = make_cache(past, T, 1, 1, 16, 16, SIZES, batch=1)
     inputs[0].requires_grad_(grad)
     q_offset = torch.tensor(past, device=DEVICE) if as_tensor else past

@@ -20,13 +20,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .compressed import check_inputs, head_dims, strides, visible_blocks
+from .compressed import head_dims, strides, visible_blocks
+from .library import define
 from .selection import choose_blocks, fold_sizes, fold_tile
 from .triton_common import (
     LOG2E,
     NEGATIVE,
     add_product,
     cdiv,
+    check_inputs,
     dot_pair,
     empty_pair,
     interpreted,
@@ -101,10 +103,9 @@ def decode_attention(
         )
     if return_weights:
         raise NotImplementedError("`return_weights` is not computed by the Triton kernels; use backend='reference'.")
-    scale = check_inputs(q, k_cmp, v_cmp, scale)
+    scale = check_inputs(q, scale, k=k, v=v, k_cmp=k_cmp, v_cmp=v_cmp, k_win=k_win, v_win=v_win)
     tensor = isinstance(q_offset, torch.Tensor)
-    compute = _OPERATION if torch.compiler.is_compiling() else _compute  # one node of a compiled graph
-    return *compute(
+    return *_attention(
         q, k, v, k_cmp, v_cmp, k_win, v_win, g_cmp, g_slc, g_win, leftpad, 0 if tensor else q_offset,
         q_offset if tensor else None, compress_block_size, compress_stride, select_block_size, num_selected_blocks,
         num_initial_blocks, num_local_blocks, window_size, scale,
@@ -192,16 +193,14 @@ def _compute(
     return o, block_indices
 
 
-_OPERATION = torch.library.custom_op(
-    f"{__package__.replace('.', '_')}::decode_attention",
+_attention = define(
+    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor k_cmp, Tensor v_cmp, Tensor k_win, Tensor v_win, "
+    "Tensor g_cmp, Tensor g_slc, Tensor g_win, Tensor? leftpad, SymInt q_offset, Tensor? q_offset_tensor, "
+    "int compress_block_size, int compress_stride, int select_block_size, int num_selected_blocks, "
+    "int num_initial_blocks, int num_local_blocks, int window_size, float scale) -> (Tensor, Tensor)",
     _compute,
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor k_cmp, Tensor v_cmp, Tensor k_win, Tensor v_win, Tensor g_cmp, "
-    "Tensor g_slc, Tensor g_win, Tensor? leftpad, SymInt q_offset, Tensor? q_offset_tensor, int compress_block_size, "
-    "int compress_stride, int select_block_size, int num_selected_blocks, int num_initial_blocks, "
-    "int num_local_blocks, int window_size, float scale) -> (Tensor, Tensor)",
+    lambda q, k, v, *rest: _allocate(q, v, rest[-5]),
 )
-_OPERATION.register_fake(lambda q, k, v, *rest: _allocate(q, v, rest[-5]))
 
 
 @functools.cache
