@@ -3,8 +3,6 @@
 """The benchmarks without a GPU: command lines, drawn inputs, tables and pictures."""
 
 import csv
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,36 +16,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels" / "benchm
 
 import benchmark_attention
 import benchmark_parts
+import benchmark_training
 import common
+import sanitize
 
-FOLDER = Path(common.__file__).parent
-SCRIPTS = ("benchmark_attention.py", "benchmark_parts.py")
+SCRIPTS = (benchmark_attention, benchmark_parts, benchmark_training, sanitize)
 MACHINE = {"dtype": "bfloat16", "gpu": "made up", "torch": "2", "triton": "3", "commit": "abc", "date": "2026-01-01"}
 
 
-def run(script, *arguments):
-    # one process asks for the help and then runs without a GPU: importing torch is most of the time
-    code = f"""
-import runpy, sys
-sys.path.insert(0, {str(FOLDER)!r})
-for arguments in (["--help"], {list(arguments)}):
-    sys.argv = [{script!r}, *arguments]
-    try:
-        runpy.run_path({str(FOLDER / script)!r}, run_name="__main__")
-    except SystemExit as stop:
-        print("exit", repr(stop.code))
-"""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_and_refusal_without_a_gpu(script, tmp_path):
-    result = run(script, "--output", str(tmp_path / "out.csv"))
-    *shown, after_help, without_gpu = result.stdout.splitlines()
-    assert shown[0].startswith(f"usage: {script}")
-    assert after_help == "exit 0"
-    assert without_gpu == "exit 'This benchmark needs a CUDA device, and torch finds none.'"
+def test_help_and_refusal_without_a_gpu(script, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.parse(["--help"])
+    assert stop.value.code == 0
+    assert "options:" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    output = [] if script is sanitize else ["--output", str(tmp_path / "out.csv")]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *output])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    assert stop.value.code == "This benchmark needs a CUDA device, and torch finds none."
     assert not list(tmp_path.iterdir())
 
 
@@ -206,3 +194,69 @@ def test_parts_table_and_picture(tmp_path, capsys):
     assert rows["forward", "whole"]["floor_ms"] > compressed["floor_ms"]
     assert "compressed dk, dv" in capsys.readouterr().out
     assert_png(benchmark_parts.plot(results.rows, results.path))
+
+
+TINY = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize("name", ["nsa", "sdpa-flash"])
+def test_a_training_step(name, monkeypatch):
+    monkeypatch.setattr(benchmark_training, "LOSS_CHUNK", 16)
+    model = benchmark_training.build(name, TINY, device="cpu", dtype=torch.float32)
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+    ids = benchmark_training.make_text("random", 41, 50, device="cpu")
+    with torch.no_grad():
+        expected = model(ids, labels=ids).loss
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = [benchmark_training.step(model, optimizer, ids) for _ in range(3)]
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-5)
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_text_of_runs():
+    ids = benchmark_training.make_text("runs", 4000, 10**6, device="cpu")
+    assert ids.shape == (1, 4000)
+    assert (ids[0, 1:] == ids[0, :-1]).float().mean().item() == pytest.approx(0.9, abs=0.03)
+
+
+def test_compression_is_timed_beside_the_attention_it_serves(monkeypatch):
+    model = benchmark_training.build("nsa", TINY, device="cpu", dtype=torch.float32)
+    ids = benchmark_training.make_text("random", 70, 50, device="cpu")
+    needed = benchmark_training.model_unions(model, benchmark_training.make_text("random", 1100, 50, device="cpu"))
+    assert 16 <= needed["union_2"] <= needed["union_16"] <= 18
+    calls = benchmark_training.capture_layer(model, ids)
+    assert calls.keys() == {"compress_k", "compress_v", "gate", "attention"}
+
+    def made_up(run):
+        run()
+        return [{"start": 1.0, "stop": 7.0}]
+
+    monkeypatch.setattr(benchmark_training, "record_kernels", made_up)
+    measured = benchmark_training.measure_compression(model, ids)
+    assert measured == {"phi_gates_ms": 6.0, "attention_ms": 2.0, "phi_gates_share": 3.0}
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_training_picture(tmp_path):
+    rows = [
+        {"implementation": name, "text": "random", "tokens": tokens, "tokens_per_s": 1e4, "peak_gib": 9.0, **MACHINE}
+        for name in ("nsa", "sdpa-flash")
+        for tokens in (8192, 32768)
+    ]
+    rows.append({"implementation": "sdpa-cudnn", "text": "random", "tokens": 8192, "note": "out of memory", **MACHINE})
+    assert_png(benchmark_training.plot(rows, tmp_path / "training.csv"))
+
+
+@pytest.mark.parametrize("case", sanitize.CASES)
+def test_what_the_sanitizer_watches_is_valid(case):
+    if case != "lists that are split":  # the same call as another, on a longer text
+        sanitize.run(**sanitize.CASES[case], device="cpu", backend="reference")

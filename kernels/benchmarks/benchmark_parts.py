@@ -146,10 +146,21 @@ def _part_of(kernel):
     return "other"
 
 
+def record_kernels(run):
+    """`read_kernels` of what `run()` launches."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return read_kernels(json.loads(path.read_text()))
+
+
 def profile_passes(inputs, do, repeats):
     """`read_kernels` of so many forward and backward passes."""
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    with profile(activities=activities) as profiler:
+
+    def run():
         for _ in range(repeats):
             with record_function("nsa forward"):
                 o = nsa.nsa_attention(*inputs, **SIZES, backend="triton")[0]
@@ -157,10 +168,8 @@ def profile_passes(inputs, do, repeats):
             with record_function("nsa backward"):
                 torch.autograd.grad(o, inputs, do)
             torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        return read_kernels(json.loads(path.read_text()))
+
+    return record_kernels(run)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
