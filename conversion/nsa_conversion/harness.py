@@ -46,7 +46,7 @@ def run_lm_eval(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    wrapped = HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
     try:
         found = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit, log_samples=False)
     except (KeyError, ValueError, OSError) as error:
