@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 
 from sm90 import MAX_SHARED
 from sm90_launches import compile_launches
+from tiny_nsa import make_ids, make_model
 from triton_checks import DEVICE, poisoned
 
 import nsa_kernels as nsa
@@ -190,8 +191,7 @@ def test_few_queries_with_a_past_are_decoded(monkeypatch, T, past, as_tensor, gr
     inputs = make_cache(past, T, 1, 1, 16, 16, SIZES, batch=1)
     inputs[0].requires_grad_(grad)
     q_offset = torch.tensor(past, device=DEVICE) if as_tensor else past
-    with torch.set_grad_enabled(grad):
-        o, blocks, weights = nsa.nsa_attention(*inputs, **SIZES, q_offset=q_offset, backend="triton")
+    o, blocks, weights = nsa.nsa_attention(*inputs, **SIZES, q_offset=q_offset, backend="triton")
     want, wanted, _ = reference.nsa_attention(*inputs, **SIZES, q_offset=past)
     torch.testing.assert_close(o, want, rtol=1e-4, atol=1e-5)
     assert torch.equal(blocks, wanted)
@@ -236,6 +236,78 @@ for B, T, HQ, H, D, DV, dtype, q_offset in (
     for launch in launches:
         assert launch["spills"] == 0, launch
         assert launch["shared"] <= MAX_SHARED, launch
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_replays_at_every_length():
+    inputs = make_cache(3000, 1, 2, 4, 64, 64, PAPER, dtype=torch.bfloat16)
+    leftpad, offset = torch.tensor([0, 70], device=DEVICE), torch.tensor(2999, device=DEVICE)
+
+    def step():
+        return nsa.nsa_attention(*inputs, **PAPER, leftpad=leftpad, q_offset=offset)[:2]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured = step()
+    for length, pad in ((0, 0), (40, 3), (1100, 1100), (2500, 17), (3000, 70)):
+        offset.fill_(length)
+        leftpad[1] = pad
+        graph.replay()
+        for got, want in zip(captured, step()):
+            assert torch.equal(got, want), length
+
+
+@pytest.mark.gpu
+def test_nothing_is_read_back_on_a_gpu(monkeypatch):
+    """ "auto" decodes at an offset on the device, and the host never waits."""
+    called = []
+    attention = decode._attention
+    monkeypatch.setattr(decode, "_attention", lambda *args: called.append(True) or attention(*args))
+    inputs = make_cache(3000, 2, 2, 4, 64, 64, PAPER, dtype=torch.bfloat16)
+    where = {"leftpad": torch.tensor([0, 70], device=DEVICE), "q_offset": torch.tensor(3000, device=DEVICE)}
+    nsa.nsa_attention(*inputs, **PAPER, **where)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        nsa.nsa_attention(*inputs, **PAPER, **where)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(called) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["separate", "shared", "qwen3-like"])
+def test_generation_is_the_same_however_it_is_cached(variant):
+    """Greedy tokens in fp32: dynamic and static cache, compiled or not, kernels and reference, ragged rows and alone."""
+    settings = {
+        "max_new_tokens": 40,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "suppress_tokens": [0],
+        "eos_token_id": None,
+    }
+    lengths = (3, 57, 90)
+    prompts = [make_ids(1, n, seed=n).to(DEVICE) for n in lengths]
+    ids, mask = (torch.zeros(3, 90, dtype=torch.long, device=DEVICE) for _ in range(2))
+    for row, prompt in enumerate(prompts):
+        ids[row, 90 - prompt.shape[1] :] = prompt
+        mask[row, 90 - prompt.shape[1] :] = 1
+    model = make_model(variant, head_dim=16, nsa_backend="reference").to(DEVICE)
+    alone = [model.generate(prompt, **settings)[0, -40:] for prompt in prompts]
+    model = make_model(variant, head_dim=16).to(DEVICE)
+    for cached in (
+        {},
+        {"prefill_chunk_size": 32},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"cache_implementation": "static"},
+    ):
+        answers = model.generate(ids, attention_mask=mask, **settings, **cached)[:, -40:]
+        assert torch.equal(answers, torch.stack(alone)), cached
 
 
 @pytest.mark.gpu

@@ -54,19 +54,17 @@ def resolve_backend(
     *,
     q_offset: int | torch.Tensor = 0,
     return_weights: bool = False,
-    operation: str = "nsa_attention",
 ) -> str:
     """Name of the implementation that `backend` stands for.
 
-    "auto" takes the kernels for CUDA tensors in bf16, fp16 or fp32, head dims up to 256 and no `return_weights`. Where
-    `q_offset` is a tensor, as in decoding with a static cache, they are the decode kernels: `nsa_attention` of at most
-    16 queries, without gradients.
+    "auto" takes the kernels for CUDA tensors in bf16, fp16 or fp32, head dims up to 256, an int `q_offset` and no
+    `return_weights`. (A tensor `q_offset` is for the decode kernels, which `nsa_attention` chooses by itself for at
+    most 16 queries with a past and without gradients.)
 
     Args:
         backend: "auto", "triton" or "reference".
         q: Queries; default: what the current device would run.
         q_offset, return_weights: As given to the operation.
-        operation: Its name.
 
     Returns:
         "triton" or "reference".
@@ -90,21 +88,20 @@ def resolve_backend(
         device.type == "cuda"
         and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and q.shape[-1] <= 256
-        and (not isinstance(q_offset, torch.Tensor) or (operation == "nsa_attention" and _few(q)))
+        and not isinstance(q_offset, torch.Tensor)
         and not return_weights
         and triton_error(device) is None
     )
     return "triton" if takes else "reference"
 
 
-def _few(q) -> bool:
-    return q.dim() == 4 and q.shape[1] <= MAX_DECODE_QUERIES and not torch.is_grad_enabled()
-
-
 def _decodes(q, k, *tensors, q_offset=0, cu_seqlens=None, **rest) -> bool:
     """Whether the decode kernels serve `nsa_attention`: few queries with a past, no gradient."""
+    if cu_seqlens is not None or q.shape[1] > MAX_DECODE_QUERIES:
+        return False
     past = isinstance(q_offset, torch.Tensor) or q.shape[1] < k.shape[1]
-    return cu_seqlens is None and past and _few(q)
+    given = (x for x in (q, k, *tensors, *rest.values()) if isinstance(x, torch.Tensor))
+    return past and not (torch.is_grad_enabled() and any(x.requires_grad for x in given))
 
 
 def _public(name: str, check: Callable) -> Callable:
@@ -118,9 +115,10 @@ def _public(name: str, check: Callable) -> Callable:
             check(**signature.bind(*args, **kwargs).arguments)
         implementation = specification
         if name in _TRITON_OPERATIONS:
-            choice = {name: kwargs[name] for name in ("q_offset", "return_weights") if name in kwargs}
-            if resolve_backend(backend, args[0] if args else kwargs["q"], **choice, operation=name) == "triton":
-                decodes = name == "nsa_attention" and _decodes(*args, **kwargs)
+            decodes = name == "nsa_attention" and _decodes(*args, **kwargs)
+            asked = ("return_weights",) if decodes else ("return_weights", "q_offset")
+            choice = {name: kwargs[name] for name in asked if name in kwargs}
+            if resolve_backend(backend, args[0] if args else kwargs["q"], **choice) == "triton":
                 implementation = _triton("decode_attention" if decodes else name)
         elif backend not in BACKENDS:
             raise ValueError(f"`backend` must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
