@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import datetime
 import gc
@@ -33,6 +32,7 @@ from .loss import (
     take_texts,
     token_losses,
 )
+from .parsing import Parser
 from .plots import require_matplotlib
 from .report import EvaluationReport
 from .sources import load_model
@@ -152,19 +152,19 @@ def evaluate(
         require_lm_eval()
     documents = _documents(texts)
     material = Material(builtin_text() if haystack is None else haystack) if "tasks" in settings.parts else None
-    every = list(models) if isinstance(models, (list, tuple)) else [models]
-    if not every:
+    models = list(models) if isinstance(models, (list, tuple)) else [models]
+    if not models:
         raise NSAError("models is empty; give at least one")
-    labels = _labels([*([] if against is None else [against]), *every])
+    sources = models if against is None else [against, *models]
+    labels = _labels(sources)
     against_label = None if against is None else labels[0]
-    # The first model brings the tokenizer; the one compared with comes first in tables only.
-    order = [*zip(labels[len(labels) - len(every) :], every), *([] if against is None else [(labels[0], against)])]
-    device = device or default_device()
     known = _Finished(finished)
     report: EvaluationReport | None = None
-    for label, source in order:
+    # Dense first in tables, but last in time: the first model brings the tokenizer.
+    for label, source in sorted(zip(labels, sources), key=lambda pair: pair[0] == against_label):
         if isinstance(source, (str, Path)):
-            model, own = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+            place = device or default_device()
+            model, own = load_model(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
             tokenizer = tokenizer or own
         else:
             model = source
@@ -172,10 +172,10 @@ def evaluate(
             raise NSAError(f"{label} brings no tokenizer, and evaluation on text needs one; pass tokenizer=…")
         size = model.get_input_embeddings().weight.shape[0]
         if report is None:
-            vocabulary = size
+            first, vocabulary = label, size
             chosen = _encode(documents, tokenizer, settings, progress)
             report = EvaluationReport(
-                models={name: _name(source) for name, source in zip(labels, _in_order(against, every))},
+                models=dict(zip(labels, map(_name, sources))),
                 model=label,
                 against=against_label,
                 texts={name: [len(ids) for ids in pieces] for name, pieces in chosen.items()},
@@ -184,53 +184,23 @@ def evaluate(
             )
         elif size != vocabulary:
             raise NSAError(
-                f"{order[0][0]} has {vocabulary} tokens in its vocabulary and {label} has {size}; "
+                f"{first} has {vocabulary} tokens in its vocabulary and {label} has {size}; "
                 "losses per token can only be compared between models with the same tokenizer"
             )
-        run = _Run(
-            model,
-            label,
-            tokenizer,
-            settings,
-            known.of(source, dtype, tokenizer),
-            chunk_size=chunk_size,
-            progress=progress,
-        )
-        run.check(chosen)
-        for name, pieces in chosen.items():
-            if "loss" in settings.parts:
-                buckets, groups = run.losses(name, pieces, edges)
-                report.positions.setdefault(name, {})[label] = buckets
-                report.recall.setdefault(name, {})[label] = groups
-        if material is not None:
-            report.tasks[label] = run.tasks(material)
-        if "diagnosis" in settings.parts and is_sparse(model):
-            for name, pieces in run.long_enough(chosen).items():
-                report.diagnosis.setdefault(name, {})[label] = run.diagnosis(name, pieces, edges)
-        if settings.lm_eval:
-            report.suites[label] = run.suites()
+        remember = known.of(source, dtype, tokenizer)
+        run = _Run(model, label, tokenizer, settings, remember, edges=edges, chunk_size=chunk_size, progress=progress)
+        run.measure(chosen, material, report)
         del model, run  # one model in memory at a time
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    report.positions = {text: _in_label_order(rows, labels) for text, rows in report.positions.items()}
-    report.recall = {text: _in_label_order(rows, labels) for text, rows in report.recall.items()}
-    report.tasks = _in_label_order(report.tasks, labels)
-    report.suites = _in_label_order(report.suites, labels)
+    report.order(labels)
     return report
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Inputs
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _in_order(against, models: Sequence) -> list:
-    return [*([] if against is None else [against]), *models]
-
-
-def _in_label_order(rows: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-    return {label: rows[label] for label in labels if label in rows}
 
 
 def _name(source) -> str:
@@ -331,9 +301,28 @@ def _digest(*parts: str | bytes) -> str:
 class _Run:
     """Measures one loaded model."""
 
-    def __init__(self, model, label, tokenizer, settings: Settings, known, *, chunk_size: int, progress: bool):
+    def __init__(self, model, label, tokenizer, settings: Settings, known, *, edges, chunk_size: int, progress: bool):
         self.model, self.label, self.tokenizer, self.settings, self.known = model, label, tokenizer, settings, known
+        self.given_edges = edges
         self.bars = {"chunk_size": chunk_size, "progress": progress}
+
+    def measure(
+        self, texts: Mapping[str, Sequence[torch.Tensor]], material: Material | None, report: EvaluationReport
+    ) -> None:
+        """Add everything that the settings ask for to the report."""
+        self.check(texts)
+        if "loss" in self.settings.parts:
+            for name, pieces in texts.items():
+                buckets, groups = self.losses(name, pieces)
+                report.positions.setdefault(name, {})[self.label] = buckets
+                report.recall.setdefault(name, {})[self.label] = groups
+        if material is not None:
+            report.tasks[self.label] = self.tasks(material)
+        if "diagnosis" in self.settings.parts and is_sparse(self.model):
+            for name, pieces in self.long_enough(texts).items():
+                report.diagnosis.setdefault(name, {})[self.label] = self.diagnosis(name, pieces)
+        if self.settings.lm_eval:
+            report.suites[self.label] = self.suites()
 
     def check(self, texts: Mapping[str, Sequence[torch.Tensor]]) -> None:
         """Refuse what cannot be measured, and say how many tokens this model will read."""
@@ -349,9 +338,9 @@ class _Run:
         if self.bars["progress"]:
             print(f"{self.label}: {sum(counts.values()):,} tokens to read ({listed})", file=sys.stderr)
 
-    def losses(self, name: str, texts: Sequence[torch.Tensor], edges) -> tuple[list[PositionBucket], list[RecallGroup]]:
+    def losses(self, name: str, texts: Sequence[torch.Tensor]) -> tuple[list[PositionBucket], list[RecallGroup]]:
         """Loss by position and of recalled n-grams."""
-        edges = list(edges or position_edges(max(map(len, texts))))
+        edges = self._edges(texts)
 
         def make():
             losses = token_losses(self.model, texts, description=f"{self.label}, loss on {name}", **self.bars)
@@ -393,9 +382,9 @@ class _Run:
             )
         return {name: pieces[: self.settings.diagnosis_texts] for name, pieces in long.items() if pieces}
 
-    def diagnosis(self, name: str, texts: Sequence[torch.Tensor], edges) -> Diagnosis:
+    def diagnosis(self, name: str, texts: Sequence[torch.Tensor]) -> Diagnosis:
         """What the selection finds."""
-        edges = list(edges or position_edges(max(map(len, texts))))
+        edges = self._edges(texts)
 
         def make():
             found = diagnose(self.model, texts, edges, description=f"{self.label}, {name}", **self.bars)
@@ -415,6 +404,9 @@ class _Run:
     def _cells(self) -> list[tuple[str, int, float | None]]:
         return task_cells(self.settings.tasks, self.settings.task_lengths, self.settings.depths)
 
+    def _edges(self, texts: Sequence[torch.Tensor]) -> list[int]:
+        return list(self.given_edges or position_edges(max(map(len, texts))))
+
     def _digest_of(self, texts: Sequence[torch.Tensor]) -> str:
         return _digest(*(ids.numpy().tobytes() for ids in texts))
 
@@ -424,12 +416,11 @@ class _Run:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="nsa eval",
         description="Loss by position, retrieval tasks and the selection itself, side by side with the dense model. "
         "On a CPU start with --quick.",
-        allow_abbrev=False,
     )
     parser.add_argument("models", metavar="MODEL", nargs="+", help="directories, hub ids or GGUF files")
     parser.add_argument("--against", metavar="DENSE", help="the model to compare with, usually the dense source")

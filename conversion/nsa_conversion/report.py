@@ -91,6 +91,19 @@ class EvaluationReport:
         seed = self.settings["seed"]
         return {label: retention(dense, own, seed=seed) for label, own in self.tasks.items() if label != self.against}
 
+    def order(self, labels: Sequence[str]) -> None:
+        """Put the models into this order everywhere."""
+        for by_label in (
+            *self.positions.values(),
+            *self.recall.values(),
+            self.tasks,
+            *self.diagnosis.values(),
+            self.suites,
+        ):
+            for label in labels:
+                if label in by_label:
+                    by_label[label] = by_label.pop(label)
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types; losses in nats per token.
 
