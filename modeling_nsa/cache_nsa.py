@@ -25,7 +25,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from nsa_kernels import num_compressed_blocks
+from nsa_kernels import MAX_DECODE_QUERIES, num_compressed_blocks
 
 from .configuration_nsa import NSA_LAYER_TYPE
 from .layout_nsa import NSALayout
@@ -145,27 +145,18 @@ class NSADynamicLayer(NSACacheLayerMixin, DynamicLayer):
         if past:
             self._rebuild(nsa, past)
 
-        tails = {name: _join(getattr(self, name), new) for name, new in nsa.tails.items()}
-        held = tails["v_tail"].shape[2] - layout.query_length
-        blocks = nsa.compress(tails, layout.first_slot(past - held), layout.num_blocks, layout.block_embeddings)
-        capacity = num_compressed_blocks(past + layout.query_length, layout.compress_block_size, layout.compress_stride)
-        for name, new in zip(("k_cmp", "v_cmp"), blocks, strict=True):
-            if not isinstance(layout.first_block, torch.Tensor):
-                self._append(name, new)
-            else:  # rows complete their blocks at different times
-                old = getattr(self, name)
-                grown = new.new_zeros(*new.shape[:2], capacity + 1, new.shape[3])
-                setattr(self, name, grown if old is None else torch.cat((old, grown[:, :, old.shape[2] :]), dim=2))
-                self._write_blocks(name, new, layout, capacity, inplace=False)
-                setattr(self, name, getattr(self, name)[:, :, :capacity])
-
-        self._append("keys", key_states)
-        self._append("values", value_states)
+        spare = (past + layout.query_length) // 64
+        tails = {name: self._extended(name, new, nsa.tail_size) for name, new in nsa.tails.items()}
+        if layout.num_blocks or self.k_cmp is None:
+            self._compress(nsa, tails, past)
+        self.keys = self._extended("keys", key_states, spare)
+        self.values = self._extended("values", value_states, spare)
         seen = nsa.window_size - 1 + layout.query_length
         if nsa.k_win is None:
             window = self.keys[:, :, -seen:], self.values[:, :, -seen:]
         else:
-            whole = {"k_win": _join(self.k_win, nsa.k_win), "v_win": _join(self.v_win, nsa.v_win)}
+            new = {"k_win": nsa.k_win, "v_win": nsa.v_win}
+            whole = {name: self._extended(name, x, nsa.window_size // 8) for name, x in new.items()}
             window = tuple(x[:, :, -seen:] for x in whole.values())
             tails |= whole
         returned = (self.keys, self.k_cmp, window[0]), (self.values, self.v_cmp, window[1])
@@ -179,9 +170,32 @@ class NSADynamicLayer(NSACacheLayerMixin, DynamicLayer):
         self._sizes = (layout.compress_block_size, layout.compress_stride, nsa.window_size)
         return returned
 
+    def _compress(self, nsa, tails, past):
+        """Append the blocks that the new tokens complete."""
+        layout = nsa.layout
+        held = tails["v_tail"].shape[2] - layout.query_length
+        blocks = nsa.compress(tails, layout.first_slot(past - held), layout.num_blocks, layout.block_embeddings)
+        capacity = num_compressed_blocks(past + layout.query_length, layout.compress_block_size, layout.compress_stride)
+        for name, new in zip(("k_cmp", "v_cmp"), blocks, strict=True):
+            if not isinstance(layout.first_block, torch.Tensor):
+                setattr(self, name, self._extended(name, new, capacity // 64))
+                continue
+            # rows complete their blocks at different times
+            old = 0 if getattr(self, name) is None else getattr(self, name).shape[2]
+            grown = new.new_zeros(*new.shape[:2], capacity + 1 - old, new.shape[3])
+            setattr(self, name, self._extended(name, grown, capacity // 64))
+            inplace = not (new.requires_grad or getattr(self, name).requires_grad)
+            self._write_blocks(name, new, layout, capacity, inplace)
+            setattr(self, name, getattr(self, name)[:, :, :capacity])
+
     def _keep(self, name, state, size):
+        """Keep the last `size` tokens, all of them while recording."""
         if not self.record_past and state.shape[2] > size:
-            state = state[:, :, state.shape[2] - size :].clone()  # a view would keep the whole prompt alive
+            long = state.shape[2] > 2 * size + MAX_DECODE_QUERIES
+            state = state[:, :, state.shape[2] - size :]
+            if long:  # a view would keep the whole prompt alive
+                state = state.clone()
+                self._buffers.pop(name, None)
         setattr(self, name, state)
 
     def _track_columns(self, layout, past):
@@ -197,24 +211,29 @@ class NSADynamicLayer(NSACacheLayerMixin, DynamicLayer):
             columns if layout.trailing is None else _shift(columns[:, None, :, None], layout.trailing)[:, 0, :, 0]
         )
 
-    def _append(self, name, new):
-        """Append along the tokens into spare room of at most 1/64 of the length; a new tensor where gradients flow."""
+    def _extended(self, name, new, spare):
+        """The state `name` and new tokens, side by side; a new tensor where gradients flow.
+
+        Tokens are written behind the old ones, into a buffer with room for `spare` more that is copied when it is full.
+        """
         old = getattr(self, name)
         if old is None or old.shape[2] == 0:
-            setattr(self, name, new)
-            return
+            return new
         if new.requires_grad or old.requires_grad:
-            setattr(self, name, torch.cat((old, new), dim=2))
-            return
-        start, stop = old.shape[2], old.shape[2] + new.shape[2]
+            return torch.cat((old, new), dim=2)
+        held, added = old.shape[2], new.shape[2]
         buffer = self._buffers.get(name)
-        owned = buffer is not None and buffer.data_ptr() == old.data_ptr() and buffer.shape[0] == old.shape[0]
-        if not owned or buffer.shape[2] < stop:
-            buffer = old.new_empty(*old.shape[:2], stop + stop // 64, old.shape[3])
-            buffer[:, :, :start] = old
-            self._buffers[name] = buffer
-        buffer[:, :, start:stop] = new
-        setattr(self, name, buffer[:, :, :stop])
+        start = None if buffer is None else _place(old, buffer)
+        if start is None or start + held + added > buffer.shape[2]:
+            buffer = old.new_empty(*old.shape[:2], held + added + spare, old.shape[3])
+            buffer[:, :, :held] = old
+            self._buffers[name], start = buffer, 0
+        buffer[:, :, start + held : start + held + added] = new
+        return buffer[:, :, start : start + held + added]
+
+    def offload(self):
+        super().offload()
+        self._buffers.clear()
 
     def _rebuild(self, nsa, past):
         """With shared K/V, recompute what is missing: after taking over a plain layer, or after a deep crop."""
@@ -374,8 +393,11 @@ def _shift(state, count):
     return _take_slots(state, slots % state.shape[2])
 
 
-def _join(old, new):
-    return new if old is None else torch.cat((old, new), dim=2)
+def _place(state, buffer):
+    """Slot of a buffer where a state starts that is a view of it, else None."""
+    if state.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr() or state.stride() != buffer.stride():
+        return None
+    return (state.storage_offset() - buffer.storage_offset()) // buffer.stride(2)
 
 
 def prepare_cache(cache: Cache, config) -> None:

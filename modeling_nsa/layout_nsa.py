@@ -303,6 +303,9 @@ def _set_blocks(layout):
         layout.num_blocks = num_compressed_blocks(past + T, *sizes) - layout.first_block
     elif isinstance(past, int) and past == 0:
         layout.num_blocks = num_compressed_blocks(T, *sizes)
+    elif isinstance(past, int) and not torch.compiler.is_compiling():
+        new = _complete_blocks(past + T - layout.leftpad, *sizes) - layout.first_block
+        layout.num_blocks = int(new.max())
     else:
         layout.num_blocks = -(-T // layout.compress_stride)
 

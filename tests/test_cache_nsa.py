@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from modeling_nsa import NSAConfig, NSADynamicLayer, NSAForCausalLM, NSAStaticLayer
+from modeling_nsa.cache_nsa import NSACacheInput
+from modeling_nsa.layout_nsa import NSALayout, _set_blocks
 
 
 def fill(model, ids, recording=False):
@@ -163,19 +165,62 @@ def test_filled_plain_layers_are_rebuilt_or_refused():
         step(separate, ids[:, 30:], plain)
 
 
-def test_compression_runs_once_per_finished_block(monkeypatch):
-    model, ids = make_model(), make_ids(1, 60)
+@pytest.mark.parametrize("leftpad", [None, [0, 3, 5]])
+def test_compression_runs_only_when_a_block_completes(monkeypatch, leftpad):
+    rows = 1 if leftpad is None else len(leftpad)
+    model, ids = make_model(), make_ids(rows, 60)
+    mask = None
+    if leftpad is not None:
+        mask = (torch.arange(60) >= torch.tensor(leftpad)[:, None]).long()
     counted = []
     compress = model.model.layers[0].self_attn.compress_k
     forward = compress.forward
     monkeypatch.setattr(
         compress, "forward", lambda *args, **kwargs: counted.append(kwargs["num_blocks"]) or forward(*args, **kwargs)
     )
-    cache = fill(model, ids[:, :30])
-    for t in range(30, 60):
-        step(model, ids[:, t : t + 1], cache)
-    assert sum(counted) == 14  # (60 - 8) // 4 + 1
-    assert max(counted[1:]) == 1
+    cache, outputs = DynamicCache(config=model.config), []
+    with torch.no_grad():
+        for start, stop in ((0, 30), *((t, t + 1) for t in range(30, 60))):
+            seen = None if mask is None else mask[:, :stop]
+            outputs.append(model(ids[:, start:stop], attention_mask=seen, past_key_values=cache).logits)
+    completing = {t for t in range(30, 60) for pad in leftpad or [0] if (t + 1 - pad) % 4 == 0}  # l = 8, d = 4
+    assert counted == [6, *[1] * len(completing)]
+    real = slice(None) if mask is None else mask.bool()
+    close(torch.cat(outputs, 1)[real], logits(model, ids, attention_mask=mask)[real])
+
+
+class CopiedElements(TorchDispatchMode):
+    """Counts the elements that are copied or joined."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if operation.overloadpacket.__name__ in ("copy_", "cat", "clone"):
+            self.count += result.numel()
+        return result
+
+
+@pytest.mark.parametrize("leftpad", [None, torch.tensor([0, 3])])
+def test_growth_is_in_small_steps_and_copies_in_proportion(leftpad):
+    """Token by token: allocated is at most 2 % more than needed; copies grow with the tokens, not with their square."""
+    layer, new, copied = NSADynamicLayer(), torch.zeros(2, 1, 1, 4), []
+
+    def compress(tails, first_slot, num_blocks, embeddings):
+        return new.new_zeros(2, 1, num_blocks, 4), new.new_zeros(2, 1, num_blocks, 4)
+
+    for start, stop in ((0, 1024), (1024, 2048), (2048, 4096)):
+        with CopiedElements() as counter:
+            for past in range(start, stop):
+                layout = NSALayout(past, 1, 8, 4, leftpad=leftpad)
+                _set_blocks(layout)
+                tails = {"k_tail_rot": new, "v_tail": new}
+                layer.update(new, new, nsa=NSACacheInput(layout, tails, new, new, compress, None, window_size=16))
+        copied.append(counter.count)
+        for name, needed in (("keys", stop), ("v_cmp", (stop - 8) // 4 + 1), ("k_win", 24), ("v_tail", 15)):
+            held = getattr(layer, name).untyped_storage().nbytes() // (new.nbytes)
+            assert needed // 2 < held <= needed * 1.02 + 2, name
+    assert copied[2] < 2.4 * copied[1]
 
 
 class NoWaiting(TorchDispatchMode):
