@@ -283,7 +283,7 @@ def test_nothing_is_read_back_on_a_gpu(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", ["separate", "shared", "qwen3-like"])
 def test_generation_is_the_same_however_it_is_cached(variant):
-    """Greedy tokens in fp32: dynamic and static cache, compiled or not, kernels and reference, ragged rows and alone."""
+    """Greedy in fp32: dynamic and static cache, compiled or not, kernels and reference, ragged rows and each alone."""
     settings = {
         "max_new_tokens": 40,
         "do_sample": False,
