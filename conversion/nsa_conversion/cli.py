@@ -15,6 +15,8 @@ COMMANDS = {
     "eval": ("nsa_conversion.evaluate", "loss, retrieval and selection, side by side with the dense model"),
     "generate": ("nsa_conversion.generate", "answer a prompt or chat, with streaming"),
     "push": ("nsa_conversion.hub", "upload a model or an adapter to the Hugging Face hub"),
+    "env": ("nsa_conversion.env", "versions, devices, and which implementation will run and why"),
+    "completion": ("nsa_conversion.completion", "print a script that completes commands and flags in a shell"),
     "demo": ("nsa_conversion.demo", "convert, compare, fine-tune and run SmolLM2-135M from start to finish"),
 }
 
@@ -32,6 +34,7 @@ def _usage():
             *lines,
             "",
             "`nsa COMMAND --help` lists the arguments of a command. `nsa --version` prints versions.",
+            "Exit codes: 0 done, 1 a comparison failed, 2 a mistake, said in one line, 130 interrupted.",
             "Set NSA_DEBUG=1 for the full stack trace of an error.",
         ]
     )

@@ -6,7 +6,6 @@ Weights are streamed: one source file is open and at most one output file is in 
 `DEST.partial-<pid>` and renamed at the end, so DEST is either whole or not there.
 """
 
-import argparse
 import contextlib
 import errno
 import json
@@ -32,6 +31,7 @@ from nsa_conversion.key_map import (
     config_kwargs,
     parse_layers,
 )
+from nsa_conversion.parsing import Parser
 
 __all__ = ["NSA_SETTINGS", "ConversionReport", "Prepared", "convert", "main", "prepare"]
 
@@ -545,7 +545,7 @@ def _write_json(path, data):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nsa convert",
         description="Turn a full-attention checkpoint into an NSA model with equal logits up to n·l' tokens.",
         epilog="Flags may be written with dashes or underscores.",
@@ -580,14 +580,6 @@ def _parser():
     return parser
 
 
-def _dashes(argument):
-    """`--window_size=8` → `--window-size=8`; values keep their underscores."""
-    if not argument.startswith("--"):
-        return argument
-    flag, equals, value = argument.partition("=")
-    return flag.replace("_", "-") + equals + value
-
-
 @contextlib.contextmanager
 def _terminate_as_interrupt():
     """A polite kill cleans up as Ctrl-C does."""
@@ -613,7 +605,7 @@ def main(argv: list[str]) -> int:
     Raises:
         NSAError, OSError: as `convert` and `verify`.
     """
-    args = _parser().parse_args([_dashes(argument) for argument in argv])
+    args = _parser().parse_args(argv)
     settings = {name: getattr(args, name) for name in NSA_SETTINGS}
     for name in (
         "full_attention_layers",

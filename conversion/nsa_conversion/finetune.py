@@ -667,7 +667,7 @@ class _Parser(HfArgumentParser):
         raise NSAError(f"{message}; see nsa finetune --help")
 
 
-def _parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, LoraArguments, FinetuneArguments]:
+def _parser() -> _Parser:
     parser = _Parser(
         ARGUMENT_CLASSES,
         prog="nsa finetune",
@@ -681,7 +681,11 @@ def _parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, LoraArgument
             action.nargs, action.const = "?", "true"
         elif action.type is string_to_bool:  # optional booleans such as --disable-tqdm would need a value
             action.nargs, action.const = "?", True
-    *groups, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    return parser
+
+
+def _parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, LoraArguments, FinetuneArguments]:
+    *groups, rest = _parser().parse_args_into_dataclasses(argv, look_for_args_file=False)
     if rest.positional_model is not None:
         if groups[0].model is not None:
             raise NSAError(f"the model was given twice: {rest.positional_model} and --model {groups[0].model}")

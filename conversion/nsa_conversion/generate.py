@@ -16,6 +16,7 @@ from transformers import TextStreamer, set_seed
 from .data import read_text
 from .errors import NSAError
 from .evaluate import default_device
+from .parsing import Parser
 from .sources import load_model
 
 __all__ = ["generate", "main"]
@@ -148,10 +149,8 @@ def _chat(model, tokenizer, settings: dict[str, Any]) -> None:
         _print_speed(speed)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nsa generate", description="Answer a prompt, or chat, printing tokens as they come.", allow_abbrev=False
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="nsa generate", description="Answer a prompt, or chat, printing tokens as they come.")
     parser.add_argument("model", metavar="MODEL", help="a directory, hub id or GGUF file")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="the prompt")

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Upload a model or an adapter to the Hugging Face hub: weights, tokenizer, code, card and records, in one commit."""
 
-import argparse
 import contextlib
 import json
 import re
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from nsa_conversion.card import MARK, base_model_of, model_card
 from nsa_conversion.errors import NSAError, listing
+from nsa_conversion.parsing import Parser
 
 __all__ = ["hub_errors", "main", "push"]
 
@@ -195,9 +195,7 @@ def hub_errors(what: str):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(
-        prog="nsa push", description="Upload a model or an adapter to the Hugging Face hub.", allow_abbrev=False
-    )
+    parser = Parser(prog="nsa push", description="Upload a model or an adapter to the Hugging Face hub.")
     add = parser.add_argument
     add("directory", metavar="DIR", help="what nsa convert, nsa finetune or save_pretrained wrote")
     add("repo_id", metavar="REPO", help="owner/name, or name in your own namespace; made if it does not exist")
