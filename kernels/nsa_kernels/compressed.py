@@ -16,6 +16,7 @@ from .reference import compressed_cu_seqlens
 from .triton_common import (
     LOG2E,
     NEGATIVE,
+    TRITON_VERSION,
     add_product,
     cdiv,
     check_inputs,
@@ -44,7 +45,6 @@ _VARYING = [
     "T", "C", "q_offset", "tiles", "stride_lb", "stride_lh", "stride_db", "stride_dh",
     *(f"{name}_{step}" for name in ("q", "k", "v", "do") for step in ("batch", "head")),
 ]  # fmt: skip
-_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def compressed_attention(
@@ -233,7 +233,7 @@ def _block_config(D, DV, dtype):
     else:
         rows, keys, stages, together = 32, 64, 2, D + DV <= 320
     # Triton 3.9 spills registers if the masked loop has three stages too, 3.6 if it has not
-    masked = 2 if stages == 3 and widest > 96 and _TRITON >= (3, 9) else stages
+    masked = 2 if stages == 3 and widest > 96 and TRITON_VERSION >= (3, 9) else stages
     config = {"BLOCK_M": rows, "BLOCK_N": keys, "MASKED_STAGES": masked, "num_warps": 8, "num_stages": stages}
     return config, together
 

@@ -18,6 +18,7 @@ from .library import define_attention
 from .triton_common import (
     LOG2E,
     NEGATIVE,
+    TRITON_VERSION,
     add_dkdv,
     add_dq,
     add_pair,
@@ -184,7 +185,9 @@ def _dkdv_config(q, v, select_block_size):
     if q.dtype == torch.float32:
         keys, config = 32 if widest <= 128 else 16, {"EDGE_STAGES": 1, "num_warps": 8, "num_stages": 1}
     elif widest <= 128:  # the rows come from all over the memory: fetch them far ahead
-        keys, config = 64, {"EDGE_STAGES": 3, "num_warps": 4, "num_stages": 5}
+        # Triton 3.6 spills registers if both loops are as deep as 3.9 makes them
+        deep = widest <= 96 or TRITON_VERSION >= (3, 9)
+        keys, config = 64, {"EDGE_STAGES": 3 if deep else 1, "num_warps": 4, "num_stages": 5 if deep else 4}
     else:
         keys, config = 64 if widest <= 192 else 32, {"EDGE_STAGES": 2, "num_warps": 8, "num_stages": 2}
     return {"BLOCK_M": 32, "BLOCK_N": _key_tile(select_block_size, keys), **config}

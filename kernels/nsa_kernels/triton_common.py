@@ -21,6 +21,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = [
+    "TRITON_VERSION",
     "Layout",
     "add_dkdv",
     "add_dq",
@@ -51,6 +52,8 @@ __all__ = [
     "tile_map",
 ]
 
+# (major, minor): what fits into registers differs between versions.
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Below every score, yet finite: the difference of two of them is 0, not NaN.
