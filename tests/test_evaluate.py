@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import importlib
 import json
+import time
 
 import pytest
 from tiny import SMALL_NSA, make_checkpoint, make_model, make_tokenizer
 
-from nsa_conversion import convert
+from nsa_conversion import convert, smollm2_gguf
 from nsa_conversion.errors import NSAError
 from nsa_conversion.evaluate import QUICK, Settings, evaluate, main
 
@@ -241,8 +242,28 @@ def test_command_refuses(checkpoint, arguments, error):
         main([str(checkpoint) if argument == "MODEL" else argument for argument in arguments])
 
 
-def test_command_refuses_unknown_choices(checkpoint, capsys):
-    for flags in (["--tasks", "pass"], ["--parts", "speed"]):
-        with pytest.raises(SystemExit):
-            main([str(checkpoint), *flags])
-    assert "invalid choice: 'pass'" in capsys.readouterr().err
+def test_command_refuses_unknown_choices(checkpoint):
+    for flag, value in (("--tasks", "pass"), ("--parts", "speed")):
+        with pytest.raises(NSAError, match=f"invalid choice: '{value}'"):
+            main([str(checkpoint), flag, value])
+
+
+@pytest.mark.full
+def test_quick_takes_ten_minutes_and_the_dense_model_can_do_most_tasks(tmp_path, capsys):
+    convert(smollm2_gguf(), tmp_path / "nsa")
+    started = time.perf_counter()
+    main([str(tmp_path / "nsa"), "--against", str(smollm2_gguf()), "--quick", "--output", str(tmp_path / "out")])
+    seconds = time.perf_counter() - started
+    report = json.loads((tmp_path / "out" / "eval.json").read_text())
+    with capsys.disabled():
+        print(f"\n{seconds:.0f} s")
+    assert seconds < 600
+    dense = next(iter(report["models"]))
+    means = {}
+    for row in report["tasks"][dense]:
+        means.setdefault(row["task"], []).append(row["mean"])
+    able = [task for task, scores in means.items() if sum(scores) / len(scores) >= 0.5]
+    assert len(able) >= 4, means
+    assert all(
+        kept["low"] <= kept["value"] <= kept["high"] for kept in report["retention"] if kept["value"] is not None
+    )
