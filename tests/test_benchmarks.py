@@ -15,12 +15,13 @@ from nsa_kernels import reference
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels" / "benchmarks"))
 
 import benchmark_attention
+import benchmark_decode
 import benchmark_parts
 import benchmark_training
 import common
 import sanitize
 
-SCRIPTS = (benchmark_attention, benchmark_parts, benchmark_training, sanitize)
+SCRIPTS = (benchmark_attention, benchmark_decode, benchmark_parts, benchmark_training, sanitize)
 MACHINE = {"dtype": "bfloat16", "gpu": "made up", "torch": "2", "triton": "3", "commit": "abc", "date": "2026-01-01"}
 
 
