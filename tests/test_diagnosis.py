@@ -146,3 +146,20 @@ def test_only_sparse_models_and_long_texts():
         diagnose(dense, make_ids(1, TOKENS), [0, TOKENS])
     with pytest.raises(NSAError, match=r"at least n·l' \+ 16 = 40 tokens, the longest has 39"):
         diagnose(make_model(), make_ids(2, 39), [0, 39])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["separate", "qwen3-like"])
+def test_the_kernels_give_the_same_diagnosis(variant):
+    ids, edges = make_ids(2, 300), [0, 64, 300]
+    sizes = {"num_selected_blocks": 4, "select_block_size": 16, "head_dim": 32, "v_head_dim": 32}
+    model = make_model(variant, **sizes)
+    expected = diagnose(model, ids, edges)
+    model.config.nsa_backend = "triton"
+    found = diagnose(model.cuda(), ids, edges)
+    for name in ("block_recall", "mass_recall", "dense_mass_recall", "gate_mean", "gate_std"):
+        got, wanted = (torch.tensor(getattr(each, name)) for each in (found, expected))
+        torch.testing.assert_close(got, wanted, rtol=0, atol=5e-3)  # near ties may choose other blocks
+    for name, buckets in expected.losses.items():
+        losses = [[bucket.loss for bucket in each] for each in (found.losses[name], buckets)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-2)

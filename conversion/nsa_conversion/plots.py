@@ -107,7 +107,7 @@ def plot_position_loss(
 def plot_bars(
     series: Mapping[str, Sequence[float]], names: Sequence[str], path: str | Path | BinaryIO, title: str, y_label: str
 ) -> None:
-    """Draw groups of bars side by side, one colour per label.
+    """Draw groups of bars side by side on a scale from 0 to 1, one colour per label.
 
     Args:
         series: label -> one height per name.
@@ -121,6 +121,7 @@ def plot_bars(
     for index, (label, heights) in enumerate(series.items()):
         places = [group + (index - (len(series) - 1) / 2) * width for group in range(len(names))]
         axes.bar(places, heights, width, color=COLORS[index % len(COLORS)], label=label)
+    axes.set_ylim(0, 1)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
     axes.legend(frameon=False)
     figure.savefig(path)
@@ -160,6 +161,7 @@ def plot_heatmaps(
         axes.set_xlabel(x_label, fontsize=8)
         axes.set_ylabel(y_label, fontsize=8)
         axes.tick_params(labelsize=7)
+        axes.locator_params(integer=True)
         if x_names is not None:
             axes.set_xticks(range(len(x_names)), x_names)
         if y_names is not None:
