@@ -16,12 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels" / "benchm
 
 import benchmark_attention
 import benchmark_decode
+import benchmark_generate
 import benchmark_parts
 import benchmark_training
 import common
 import sanitize
 
-SCRIPTS = (benchmark_attention, benchmark_decode, benchmark_parts, benchmark_training, sanitize)
+SCRIPTS = (benchmark_attention, benchmark_decode, benchmark_generate, benchmark_parts, benchmark_training, sanitize)
 MACHINE = {"dtype": "bfloat16", "gpu": "made up", "torch": "2", "triton": "3", "commit": "abc", "date": "2026-01-01"}
 
 
