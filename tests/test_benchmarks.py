@@ -262,3 +262,35 @@ def test_training_picture(tmp_path):
 def test_what_the_sanitizer_watches_is_valid(case):
     if case != "lists that are split":  # the same call as another, on a longer text
         sanitize.run(**sanitize.CASES[case], device="cpu", backend="reference")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "script, arguments",
+    [
+        (benchmark_attention, "--shapes HQ9-H3-D64 --lengths 4096 --repeats 10"),
+        (benchmark_parts, "--shapes HQ9-H3-D64 --lengths 4096 --repeats 3 --alone-ms 10"),
+        (benchmark_training, "--layers 1 --lengths 4096 --steps 1"),
+    ],
+)
+def test_runs_on_a_gpu(script, arguments, tmp_path, monkeypatch):
+    path = tmp_path / "out.csv"
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--output", str(path), *arguments.split()])
+    script.main()
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(float(row["median_ms"]) >= 0 for row in rows)
+    assert list(tmp_path.glob("*.png"))
+    if script is benchmark_parts:
+        found = {(row["pass"], row["part"]): float(row["median_ms"]) for row in rows}
+        assert {("forward", part) for _, _, part in benchmark_parts.PARTS[:6]} <= found.keys()
+        for direction in benchmark_parts.PASSES:
+            parts = sum(ms for (d, part), ms in found.items() if d == direction and "alone" not in part)
+            assert parts == pytest.approx(2 * found[direction, "whole"], rel=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", sanitize.CASES)
+def test_what_the_sanitizer_watches_runs_on_a_gpu(case):
+    o, want = (sanitize.run(**sanitize.CASES[case], backend=backend).float() for backend in ("triton", "reference"))
+    assert (o - want).norm() <= 0.1 * want.norm()  # near-equal blocks may be swapped
