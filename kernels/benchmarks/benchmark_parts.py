@@ -59,6 +59,7 @@ PARTS = [
     ("window_backward", "", "window dk, dv"),
 ]
 PASSES = ("forward", "backward")
+GREYS = {"other": "#999999", "gaps": "#DDDDDD"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,11 +300,12 @@ def plot(rows, path):
         places = list(dict.fromkeys((row["shape"], row["input"], row["tokens"]) for row in chosen))
         names = list(dict.fromkeys(row["part"] for row in chosen if row["part"] != "whole"))
         height = dict.fromkeys(places, 0.0)
-        for i, name in enumerate([name for name in names if name != "gaps"] + ["gaps"]):
+        names = [name for name in names if name not in GREYS] + [name for name in GREYS if name in names]
+        for i, name in enumerate(names):
             found = {(row["shape"], row["input"], row["tokens"]): row for row in chosen if row["part"] == name}
             times = [found[place]["median_ms"] if place in found else 0.0 for place in places]
-            style = {"color": "#DDDDDD"} if name == "gaps" else {"color": COLORS[i % len(COLORS)]}
-            ax.bar(range(len(places)), times, bottom=[height[place] for place in places], label=name, **style)
+            color = GREYS.get(name) or COLORS[i % len(COLORS)]
+            ax.bar(range(len(places)), times, bottom=[height[place] for place in places], label=name, color=color)
             height = {place: height[place] + time for place, time in zip(places, times)}
         for i, place in enumerate(places):
             (whole,) = (r for r in chosen if r["part"] == "whole" and (r["shape"], r["input"], r["tokens"]) == place)
@@ -311,7 +313,7 @@ def plot(rows, path):
         labels = [f"{shape}\n{kind}\n{tokens:,}" for shape, kind, tokens in places]
         ax.set_xticks(range(len(places)), labels, fontsize=6)
         ax.set(title=direction, ylabel="ms")
-        ax.legend(frameon=False, fontsize=7)
+        ax.legend(frameon=False, fontsize=7, loc="upper left")
     picture = path.with_suffix(".png")
     save_figure(figure, picture)
     return picture
@@ -342,12 +344,12 @@ def main():
             check(kind, *SHAPES[shape], torch.bfloat16)
             for T in args.lengths:
                 about = {"shape": shape, "input": kind, "tokens": T}
-                print(f"{shape} {kind} {T:,}", flush=True)
                 inputs = make_inputs(kind, T, *SHAPES[shape], torch.bfloat16)
                 do = torch.randn_like(inputs[0])
                 with torch.no_grad():
                     needed = unions(nsa.nsa_attention(*inputs, **SIZES, backend="triton")[1][0])
                 about |= {name: round(value, 2) for name, value in needed.items()}
+                print(f"{shape} {kind} {T:,}, unions {'/'.join(f'{x:.1f}' for x in needed.values())}", flush=True)
                 if args.alone_ms:
                     for direction, name, ms in measure_alone(inputs, do, args.alone_ms):
                         _add_row(results, about, direction, name, ms)

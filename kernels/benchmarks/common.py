@@ -50,8 +50,8 @@ SIZES = {
 }
 COMPRESSION = {name: SIZES[name] for name in ("compress_block_size", "compress_stride")}
 INPUTS = ("local", "random")
-# Okabe-Ito: told apart by colour-blind readers and in grey print.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+# Okabe-Ito, and a dark red: told apart by colour-blind readers.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#882255")
 
 # Of the "local" inputs: blocks of one topic, tokens before another topic is asked for, its size in queries and keys.
 _TOPIC_BLOCKS, _TOPIC_TOKENS, _TOPIC = 64, 1024, 1.1
