@@ -281,11 +281,13 @@ class NSAAttention(NSADenseAttention):
         if self.gate_scale is not None:
             gates = NSAGateScale.scale(gates, self.gate_scale(hidden_states))
 
+        window_ring = False
         if past_key_values is not None:
             keys, values = self._update(past_key_values, layout.cache or layout, k, v, tails, k_win, v_win)
             (k_cmp, v_cmp) = keys[1], values[1]
             if layout.cache is None:
                 (k, _, k_win), (v, _, v_win) = keys, values
+                window_ring = past_key_values.layers[self.layer_idx].window_ring
         cu_seqlens = layout.cu_seqlens
         tensors = (q, k, v, k_win, v_win, *gates.unbind(-1))
         if cu_seqlens is not None:
@@ -308,6 +310,7 @@ class NSAAttention(NSADenseAttention):
             q_offset=layout.past_length,
             cu_seqlens=cu_seqlens,
             return_weights=bool(output_attentions) and cu_seqlens is None,
+            window_ring=window_ring,
             backend=self.config.nsa_backend,
         )  # fmt: skip
         output = output.reshape(*shape, -1)

@@ -7,7 +7,8 @@ A layer holds, as `[B, H, tokens, D]`:
     k_cmp, v_cmp    compressed keys and values, one per complete block; φ runs once per block
     k_tail, k_tail_rot, v_tail
                     what φ reads of the last l - 1 tokens: keys before and after RoPE, and values
-    k_win, v_win    window branch, the last w tokens (not with shared K/V: there they are the last keys and values)
+    k_win, v_win    window branch, the last w tokens (not with shared K/V: there they are the last keys and values);
+                    with a static cache a ring buffer
 and, only once a row's padding had to be moved to its front,
     columns         `[B, tokens]`, which column of the input each slot holds
 
@@ -63,6 +64,7 @@ class NSACacheLayerMixin:
     """State beside `keys` and `values`, and what both twins do with it."""
 
     supports_early_init = False  # the block sizes come with the first update
+    window_ring = False
     state_names = ("k_cmp", "v_cmp", "k_tail", "k_tail_rot", "v_tail", "k_win", "v_win", "columns")
 
     def _clear(self):
@@ -338,7 +340,8 @@ class NSAStaticLayer(NSACacheLayerMixin, StaticLayer):
         shapes = {"k_cmp": (key_states, self.max_blocks + 1), "v_cmp": (value_states, self.max_blocks + 1)}
         shapes |= {name: (state, nsa.tail_size) for name, state in nsa.tails.items()}
         if nsa.k_win is not None:
-            shapes |= {"k_win": (nsa.k_win, nsa.window_size), "v_win": (nsa.v_win, nsa.window_size)}
+            size = min(self.max_cache_len, nsa.window_size + MAX_DECODE_QUERIES - 1)
+            shapes |= {"k_win": (nsa.k_win, size), "v_win": (nsa.v_win, size)}
         for name, (like, size) in shapes.items():
             state = like.new_zeros(*like.shape[:2], size, like.shape[3])
             if not torch.compiler.is_compiling():
@@ -346,7 +349,10 @@ class NSAStaticLayer(NSACacheLayerMixin, StaticLayer):
             setattr(self, name, state)
 
     def update(self, key_states, value_states, *args, nsa: NSACacheInput | None = None, **kwargs):
-        """As `NSADynamicLayer.update`; `keys`, `values`, `k_cmp` and `v_cmp` are the whole preallocated tensors."""
+        """As `NSADynamicLayer.update`; `keys`, `values`, `k_cmp` and `v_cmp` are the whole preallocated tensors.
+
+        For few new tokens so is the window, a ring buffer: `window_ring` says so, see `nsa_kernels.nsa_attention`.
+        """
         self._require(nsa)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -367,15 +373,31 @@ class NSAStaticLayer(NSACacheLayerMixin, StaticLayer):
         for name, state in tails.items():
             getattr(self, name).copy_(state[:, :, T:])
 
+        self.window_ring = T <= MAX_DECODE_QUERIES
         if nsa.k_win is None:
-            size = min(self.max_cache_len, nsa.window_size - 1 + T)
-            slots = (past + T - size + torch.arange(size, device=self.device)).clamp(min=0)
-            window = self.keys.index_select(2, slots), self.values.index_select(2, slots)
+            window = self.keys, self.values
+            if not self.window_ring:
+                size = min(self.max_cache_len, nsa.window_size - 1 + T)
+                slots = (past + T - size + torch.arange(size, device=self.device)).clamp(min=0)
+                window = tuple(x.index_select(2, slots) for x in window)
         else:
-            window = torch.cat((self.k_win, nsa.k_win), dim=2), torch.cat((self.v_win, nsa.v_win), dim=2)
-            self.k_win.copy_(window[0][:, :, T:])
-            self.v_win.copy_(window[1][:, :, T:])
+            pairs = (self.k_win, nsa.k_win), (self.v_win, nsa.v_win)
+            window = tuple(self._window(*pair, past, layout, nsa.window_size) for pair in pairs)
         return (self.keys, self.k_cmp, window[0]), (self.values, self.v_cmp, window[1])
+
+    def _window(self, ring, new, past, layout, window_size):
+        """Put new tokens into a ring buffer, slot s at index s % size; returns it, or for many tokens what they see."""
+        T, size = new.shape[2], ring.shape[2]
+        slots = (past + torch.arange(T, device=self.device)) % size
+        if self.window_ring:
+            return ring.index_copy_(2, slots, new)
+        if isinstance(layout.past_length, int) and layout.past_length == 0:
+            seen = new
+        else:
+            before = (past + torch.arange(1 - window_size, 0, device=self.device)) % size
+            seen = torch.cat((ring.index_select(2, before), new), dim=2)
+        ring.index_copy_(2, slots[-size:], new[:, :, -size:])
+        return seen
 
     def reset(self) -> None:
         super().reset()

@@ -72,9 +72,16 @@ def as_held(x, spare, first=None):
     return buffer.transpose(1, 2)
 
 
+def as_ring(x, size, stop):
+    """The last keys `[B, TW, H, D]` before slot `stop`, each at its slot modulo `size`, the rest NaN."""
+    ring = x.new_full((x.shape[0], size, *x.shape[2:]), float("nan"))
+    ring[:, torch.arange(stop - x.shape[1], stop, device=x.device) % size] = x
+    return ring
+
+
 def check(
     past, T, heads, groups, dim, v_dim, sizes=SIZES, *, spare=0, leftpad=None, dtype=torch.float32, offset="int",
-    exact_blocks=True, **rest,
+    ring=None, exact_blocks=True, **rest,
 ):  # fmt: skip
     leftpad = None if leftpad is None else torch.tensor(leftpad, device=DEVICE)
     inputs = make_cache(past, T, heads, groups, dim, v_dim, sizes, leftpad=leftpad, dtype=dtype, **rest)
@@ -88,10 +95,17 @@ def check(
         "rows": torch.full((q.shape[0],), past, device=DEVICE),
     }[offset]
     gates = torch.stack(gates, -1).unbind(-1)
+    window = [k_win, v_win] if ring is None else [as_ring(x, ring, past + T) for x in (k_win, v_win)]
     with poisoned():
         o, chosen, _ = decode.decode_attention(
-            q, *held, k_win, v_win, *gates, **sizes, leftpad=leftpad, q_offset=q_offset
+            q, *held, *window, *gates, **sizes, leftpad=leftpad, q_offset=q_offset, window_ring=ring is not None
         )
+    if ring is not None:
+        held = [x.nan_to_num() for x in (*held, *window)]
+        again, *_ = reference.nsa_attention(
+            q, *held, *gates, **sizes, leftpad=leftpad, q_offset=q_offset, window_ring=True
+        )
+        torch.testing.assert_close(again, want)
     assert chosen.dtype == torch.int32
     assert o.dtype == dtype
     same = (chosen == block_indices).all(-1)  # [B, T, H]
@@ -109,6 +123,9 @@ def check(
     "past, T, heads, groups, dim, v_dim, rest",
     [
         (200, 1, 2, 4, 32, 32, {"spare": 90}),
+        (130, 3, 1, 2, 16, 16, {"leftpad": [118, 2], "ring": 35, "offset": "scalar"}),
+        (6, 2, 1, 2, 16, 16, {"ring": 35, "offset": "rows"}),
+        (45, 1, 1, 2, 16, 16, {"ring": 90, "spare": 44}),  # every slot has its place
         (130, 2, 1, 3, 32, 16, {"leftpad": [0, 61], "spare": 7, "offset": "scalar"}),
         (97, 5, 2, 1, 16, 32, {"offset": "rows", "spare": 64}),
         (150, 16, 1, 7, 48, 48, {"batch": 1}),  # two tiles of queries, a head dim in two tiles
@@ -324,6 +341,7 @@ def test_random_configurations_on_a_gpu(seed):
     check(
         past, T, rng.choice((1, 2, 8)), rng.choice((1, 3, 4, 5, 7, 8, 16, 33)), rng.choice((32, 64, 80, 128, 192, 256)),
         rng.choice((32, 64, 80, 128)), sizes, batch=batch, leftpad=leftpad, dtype=dtype, seed=seed,
-        spare=rng.choice((0, 100, 70000)), offset=rng.choice(("int", "scalar", "rows")),
+        spare=rng.choice((0, 100, 70000)), ring=rng.choice((None, sizes["window_size"] + 16)),
+        offset=rng.choice(("int", "scalar", "rows")),
         exact_blocks=dtype == torch.float32,
     )  # fmt: skip

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .compressed import compressed_backward, compressed_forward
 from .library import define_attention
+from .reference import unroll
 from .selected import selected_backward, selected_forward
 from .selection import chosen_blocks, empty_choice
 from .triton_common import cdiv, check_inputs, empty_values, load_pair, next_power_of_2, store_pair
@@ -44,6 +45,7 @@ def nsa_attention(
     q_offset=0,
     cu_seqlens=None,
     return_weights=False,
+    window_ring=False,
 ) -> tuple[torch.Tensor, torch.Tensor, None]:
     """Native Sparse Attention (eq. 5); see `reference.nsa_attention`.
 
@@ -57,6 +59,8 @@ def nsa_attention(
     if return_weights:
         raise NotImplementedError("`return_weights` is not computed by the Triton kernels; use backend='reference'.")
     scale = check_inputs(q, scale, q_offset, k=k, v=v, k_cmp=k_cmp, v_cmp=v_cmp, k_win=k_win, v_win=v_win)
+    if window_ring:
+        k_win, v_win = (unroll(x, q_offset + q.shape[1]) for x in (k_win, v_win))
     sizes = (compress_block_size, compress_stride, select_block_size, num_selected_blocks)
     sizes += (num_initial_blocks, num_local_blocks, window_size, scale)
     tensors = (q, k, v, k_cmp, v_cmp, k_win, v_win, g_cmp, g_slc, g_win)

@@ -79,6 +79,7 @@ def decode_attention(
     q_offset=0,
     cu_seqlens=None,
     return_weights=False,
+    window_ring=False,
 ) -> tuple[torch.Tensor, torch.Tensor, None]:
     """Native Sparse Attention (eq. 5) of few queries; see `reference.nsa_attention`.
 
@@ -86,7 +87,8 @@ def decode_attention(
         q: `[B, T, HQ, D]`, T <= 16; bf16, fp16 or fp32.
         k: `[B, TK, H, D]`, v: `[B, TK, H, DV]`; slots behind the last query are not read.
         k_cmp: `[B, C, H, D]`, v_cmp: `[B, C, H, DV]`; blocks that no query sees are not read.
-        k_win: `[B, TW, H, D]`, v_win: `[B, TW, H, DV]`; the last key belongs to the last query.
+        k_win: `[B, TW, H, D]`, v_win: `[B, TW, H, DV]`; the last key belongs to the last query,
+            or with `window_ring` slot s lies at index s % TW.
         q_offset: int, or an int tensor `[]` or `[B]` on the device of `q`.
 
     Returns:
@@ -108,7 +110,7 @@ def decode_attention(
     return *_attention(
         q, k, v, k_cmp, v_cmp, k_win, v_win, g_cmp, g_slc, g_win, leftpad, 0 if tensor else q_offset,
         q_offset if tensor else None, compress_block_size, compress_stride, select_block_size, num_selected_blocks,
-        num_initial_blocks, num_local_blocks, window_size, scale,
+        num_initial_blocks, num_local_blocks, window_size, scale, window_ring,
     ), None  # fmt: skip
 
 
@@ -121,7 +123,7 @@ def _allocate(q, v, num_selected_blocks):
 def _compute(
     q, k, v, k_cmp, v_cmp, k_win, v_win, g_cmp, g_slc, g_win, leftpad, q_offset, q_offset_tensor,
     compress_block_size, compress_stride, select_block_size, num_selected_blocks, num_initial_blocks,
-    num_local_blocks, window_size, scale,
+    num_local_blocks, window_size, scale, window_ring,
 ):  # fmt: skip
     (B, T, HQ, D), (H, DV) = q.shape, v.shape[2:]
     o, block_indices = _allocate(q, v, num_selected_blocks)
@@ -170,7 +172,8 @@ def _compute(
     _partial_kernel[(first_splits, H * rows["GROUPS"] * query_tiles, B)](
         q, k_cmp, v_cmp, k_win, v_win, parts, lse, imp, peak, *strides(q, k_cmp, v_cmp, k_win, v_win),
         TW=k_win.shape[1], query_tiles=query_tiles, **counts, **where, **shapes, **compression, **rows,
-        COLUMNS=fold["COLUMNS"], HALO=fold["HALO"], W=window_size, FOLD=free, **{**config, "BLOCK_N": fold["BLOCK_N"]},
+        COLUMNS=fold["COLUMNS"], HALO=fold["HALO"], W=window_size, RING=window_ring, FOLD=free,
+        **{**config, "BLOCK_N": fold["BLOCK_N"]},
     )  # fmt: skip
     width = next((x for x in (128, 512, 1024, _MAX_WIDTH) if x >= S), _MAX_WIDTH)
     heads = next_power_of_2(G)
@@ -197,9 +200,9 @@ _attention = define(
     "decode_attention(Tensor q, Tensor k, Tensor v, Tensor k_cmp, Tensor v_cmp, Tensor k_win, Tensor v_win, "
     "Tensor g_cmp, Tensor g_slc, Tensor g_win, Tensor? leftpad, SymInt q_offset, Tensor? q_offset_tensor, "
     "int compress_block_size, int compress_stride, int select_block_size, int num_selected_blocks, "
-    "int num_initial_blocks, int num_local_blocks, int window_size, float scale) -> (Tensor, Tensor)",
+    "int num_initial_blocks, int num_local_blocks, int window_size, float scale, bool window_ring) -> (Tensor, Tensor)",
     _compute,
-    lambda q, k, v, *rest: _allocate(q, v, rest[-5]),
+    lambda q, k, v, *rest: _allocate(q, v, rest[-6]),
 )
 
 
@@ -279,8 +282,8 @@ def _partial_kernel(
     OFFSET: tl.constexpr, LEFTPAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
     RATIO: tl.constexpr, COLUMNS: tl.constexpr, HALO: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr,
-    FOLD: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, GT: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RING: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, GT: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of queries to a share of the compressed blocks, with their importances, or of the window.
 
@@ -293,7 +296,7 @@ def _partial_kernel(
     i_split, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     start = tl.program_id(1) % query_tiles * TILE
     i_h, i_g = tl.program_id(1) // query_tiles // GROUPS, tl.program_id(1) // query_tiles % GROUPS
-    pos0, _ = _first_position(i_b, q_offset, leftpad_ptr, stride_offset, OFFSET, LEFTPAD)
+    pos0, pad = _first_position(i_b, q_offset, leftpad_ptr, stride_offset, OFFSET, LEFTPAD)
     i_q, i_head, used = _query_rows(start, T, i_h, i_g, TILE, GT, G, BLOCK_M)
     position = pos0 + i_q
     row = (i_b * T + i_q) * HQ + i_head
@@ -348,7 +351,7 @@ def _partial_kernel(
         for key in range(low, tl.minimum(low + share, high), BLOCK_N):
             keys = key + offs_n
             mask_key = keys < high
-            index = (keys - first).to(tl.int64)
+            index = ((keys + pad) % TW if RING else keys - first).to(tl.int64)
             k_1, k_2 = load_pair(k_ptrs + index * stride_kwt, mask_key, D, D1, D2, True)
             v_1, v_2 = load_pair(v_ptrs + index * stride_vwt, mask_key, DV, DV1, DV2, True)
             s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)

@@ -476,6 +476,7 @@ def nsa_attention(
     q_offset=0,
     cu_seqlens=None,
     return_weights=False,
+    window_ring=False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Native Sparse Attention (eq. 5): compression, selection and window, weighted by their gates.
 
@@ -494,6 +495,8 @@ def nsa_attention(
         q_offset: int, or an int tensor `[]` or `[B]`.
         cu_seqlens: int `[N + 1]`; all tensors are then packed, without the batch dimension.
         return_weights: See `selected_attention`.
+        window_ring: Whether k_win and v_win are ring buffers: the key of slot s lies at index s % TW; TW >= w + T - 1,
+            or all slots fit.
 
     Returns:
         o `[B, T, HQ, DV]` in the dtype of `q`, block_indices int32 `[B, T, H, n]`, and None or the probabilities of the
@@ -502,6 +505,8 @@ def nsa_attention(
     Raises:
         ValueError: Sizes or shapes that do not fit together.
     """
+    if window_ring:
+        k_win, v_win = (unroll(x, q_offset + q.shape[1]) for x in (k_win, v_win))
     where = {"scale": scale, "leftpad": leftpad, "q_offset": q_offset, "cu_seqlens": cu_seqlens}
     compression = {"compress_block_size": compress_block_size, "compress_stride": compress_stride}
     o_cmp, lse = compressed_attention(q, k_cmp, v_cmp, **compression, **where)
@@ -523,6 +528,13 @@ def nsa_attention(
     o_win, _ = window_attention(q, k_win, v_win, window_size=window_size, **where)
     o = gated_sum(o_cmp, o_slc, o_win, g_cmp, g_slc, g_win)
     return o, block_indices, weights[0] if weights else None
+
+
+def unroll(ring, stop) -> torch.Tensor:
+    """A ring buffer `[B, TW, H, D]`, where slot s lies at index s % TW, in the order of the slots up to `stop`."""
+    size = ring.shape[1]
+    index = _positions(ring, 0, size, None, stop - size) % max(1, size)
+    return ring[torch.arange(ring.shape[0], device=ring.device)[:, None], index]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
