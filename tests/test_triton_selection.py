@@ -4,13 +4,13 @@
 
 import pytest
 import torch
-from sm90 import MAX_SHARED, compile_all
+from sm90 import MAX_SHARED
+from sm90_launches import compile_launches
 from triton_checks import check_choice
 
 from nsa_kernels import compressed_cu_seqlens, num_compressed_blocks, reference
 
 selection = pytest.importorskip("nsa_kernels.selection", reason="needs Triton")
-triton_common = pytest.importorskip("nsa_kernels.triton_common", reason="needs Triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # l, d, l', n, initial blocks, local blocks
@@ -172,32 +172,17 @@ def test_refuses_by_name():
 
 @pytest.mark.slow
 def test_compiles_for_sm90_without_spills():
-    shared = {
-        "PACKED": False, "LEFTPAD": False, "map_ptr": None, "cu_ptr": None, "leftpad_ptr": None,
-        "BLOCKS": 64, "N": 16, "INITIAL": 1, "LOCAL": 2,
-    }  # fmt: skip
-    jobs = []
-    for D in (64, 80, 128, 192, 256):
-        config = selection._score_config(D, torch.bfloat16)
-        options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
-        constants = {
-            **shared, **config, **selection.fold_sizes(32, 16, 64), "G": 4, "D": D, "SIZE": 32, "STRIDE": 16,
-            "cu_k_ptr": None, "PRECISION": "tf32", "stride_lt": 1,
-        }  # fmt: skip
-        constants["D1"], constants["D2"] = triton_common.split_head_dim(D)
-        descriptors = {"q_desc": f"bf16[{config['BLOCK_M']},{constants['D1']}]"}
-        if constants["D2"]:
-            descriptors["q_desc2"] = f"bf16[{config['BLOCK_M']},{constants['D2']}]"
-        else:
-            constants["q_desc2"] = None
-        kernel = {"kernel": "_score_kernel", "constants": constants, "descriptors": descriptors, **options}
-        jobs.append({**kernel, "pointers": {"k_ptr": "bf16", "lse_ptr": "fp32", "imp_ptr": "fp32"}})
-    for width, held in ((128, True), (256, True), (512, True), (1024, True), (1024, False)):
-        sizes = {"TILE": 64, "ROWS": 1, "WIDTH": width, "HELD": held, "WIDTH_OUT": 16}
-        pointers = {"imp_ptr": "fp32", "out_ptr": "i32"}
-        options = {"num_warps": 1, "num_stages": 3}
-        jobs.append({"kernel": "_topn_kernel", "pointers": pointers, "constants": {**shared, **sizes}, **options})
-    for made, result in zip(jobs, compile_all("nsa_kernels.selection", jobs), strict=True):
-        assert result["spills"] == 0, (made, result)
-        assert result["wgmma"] == (made["kernel"] == "_score_kernel"), (made, result)
-        assert result["shared"] <= MAX_SHARED, (made, result)
+    launches = compile_launches("""
+import torch
+from nsa_kernels.selection import select_blocks
+sizes = {"compress_block_size": 32, "compress_stride": 16, "select_block_size": 64, "num_selected_blocks": 16}
+for dim, tokens in ((64, 4096), (80, 4096), (128, 4096), (192, 4096), (256, 4096), (64, 131072)):
+    q = torch.empty(1, tokens, 4, dim, dtype=torch.bfloat16)
+    k_cmp = torch.empty(1, tokens // 16 - 1, 1, dim, dtype=torch.bfloat16)
+    select_blocks(q, k_cmp, torch.empty(1, tokens, 4), num_blocks=tokens // 64, **sizes)
+""")
+    assert {launch["kernel"] for launch in launches} == {"_score_kernel", "_topn_kernel"}
+    for launch in launches:
+        assert launch["spills"] == 0, launch
+        assert launch["wgmma"] == (launch["kernel"] == "_score_kernel"), launch
+        assert launch["shared"] <= MAX_SHARED, launch

@@ -37,7 +37,7 @@ _MAX_SCORES = 2**24
 _MAX_WIDTH = 1024
 # Arguments that change with the number of tokens: a kernel is not compiled anew for each kind of value.
 _VARYING = ["T", "C", "q_offset", "row_tiles", "S", "first_tile", "first_head", "stride_lb", "stride_lh"]
-_VARYING += ["q_batch", "q_head"]
+_VARYING += ["q_batch", "q_head", "k_batch", "k_head"]
 
 
 def select_blocks(
@@ -121,7 +121,9 @@ def chosen_blocks(
         "INITIAL": num_initial_blocks,
         "LOCAL": num_local_blocks,
     }
-    described = describe("q", q, tile)
+    C = k.shape[1]
+    k = k if C else k.new_zeros(layout.B, 1, H, k.shape[-1])  # a descriptor needs something to describe
+    described = {**describe("q", q, tile), **describe("k", k, fold["BLOCK_N"])}
     for first_head in range(0, H, heads):
         count = min(heads, H - first_head)
         for first in range(0, tiles, chunk):
@@ -131,7 +133,7 @@ def chosen_blocks(
             if free and last >= num_selected_blocks:
                 _score_kernel[(cdiv(last + 1, fold["OUT"]), size, count)](
                     k, lse, scores, *strides(k, lse), *scores.stride()[:2], **described,
-                    cu_k_ptr=cu_k, C=k.shape[1], scale=scale, G=q.shape[2] // H, **where, **head_dims(q, "D"),
+                    cu_k_ptr=cu_k, C=C, scale=scale, G=q.shape[2] // H, **where, **head_dims(q, "D"),
                     SIZE=compress_block_size, STRIDE=compress_stride, PRECISION=precision(q.dtype),
                     **fold, **forced, **config,
                 )  # fmt: skip
@@ -216,7 +218,7 @@ def _score_config(D, dtype):
 @triton.jit(do_not_specialize=_VARYING)
 def _score_kernel(
     k_ptr, lse_ptr, imp_ptr, stride_kb, stride_kt, stride_kh, stride_lb, stride_lt, stride_lh, stride_it, stride_ih,
-    q_desc, q_desc2, q_batch, q_head, q_column,
+    q_desc, q_desc2, q_batch, q_head, q_column, k_desc, k_desc2, k_batch, k_head, k_column,
     map_ptr, cu_ptr, cu_k_ptr, leftpad_ptr, T, C, q_offset, scale, row_tiles, S, first_tile, first_head,
     G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
     PACKED: tl.constexpr, LEFTPAD: tl.constexpr, PRECISION: tl.constexpr,
@@ -249,8 +251,12 @@ def _score_kernel(
     mask_m = offs_m < rows - start
     offs_key = (j0 + offs_c // COLUMNS) * RATIO + offs_c % COLUMNS
     mask_key = (offs_key >= 0) & (offs_key < blocks) & (offs_c % COLUMNS < RATIO)
-    k_ptrs = k_ptr + i_b * stride_kb + i_head * stride_kh + (block0 + offs_key) * stride_kt
-    k_1, k_2 = load_pair(k_ptrs, mask_key, D, D1, D2, True)
+    if RATIO == COLUMNS:  # the rows lie together; what they hold outside the sequence is masked below
+        k_row = (i_b * k_batch + i_head * k_head + block0 + j0 * RATIO).to(tl.int32)
+        k_1, k_2 = load_tile(k_desc, k_desc2, k_row, i_head * k_column, D1, D2)
+    else:
+        k_ptrs = k_ptr + i_b * stride_kb + i_head * stride_kh + (block0 + offs_key) * stride_kt
+        k_1, k_2 = load_pair(k_ptrs, mask_key, D, D1, D2, True)
     q_row = (i_b * q_batch + i_head * G * q_head + row0 + start).to(tl.int32)
     q_col = i_head * G * q_column
     lse_ptr += i_b * stride_lb + i_head * G * stride_lh + (row0 + start) * stride_lt
@@ -262,8 +268,10 @@ def _score_kernel(
         lse = tl.load(lse_ptr + g * stride_lh + offs_m * stride_lt, mask=mask_m, other=0.0) * LOG2E
         s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
         p += tl.exp2(s * scale_log2 - lse[:, None])
-    n_visible = visible_blocks(pos0 + start + offs_m, blocks, SIZE, STRIDE)
-    p = tl.where(mask_key[None, :] & (offs_key[None, :] < n_visible[:, None]), p, 0.0)
+    every = (j0 >= 0) & ((j0 + BLOCK_N // COLUMNS) * RATIO <= visible_blocks(pos0 + start, blocks, SIZE, STRIDE))
+    if (RATIO < COLUMNS) | (every == 0):  # most tiles need no mask
+        n_visible = visible_blocks(pos0 + start + offs_m, blocks, SIZE, STRIDE)
+        p = tl.where(mask_key[None, :] & (offs_key[None, :] < n_visible[:, None]), p, 0.0)
 
     imp = fold_tile(p, RATIO, COLUMNS, HALO, SIZE // STRIDE)
     offs_j = tl.arange(0, BLOCK_N // COLUMNS)
