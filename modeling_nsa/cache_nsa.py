@@ -78,12 +78,15 @@ class NSACacheLayerMixin:
 
     def _write_blocks(self, name, new, layout, capacity, inplace):
         """Put new blocks at their index; behind `capacity` blocks one more slot takes what is incomplete."""
-        buffer, index = getattr(self, name), layout.block_index(none=capacity)
-        index = index.clamp(max=capacity).expand(new.shape[0], -1)[:, None, :, None].expand(-1, *new.shape[1:])
+        buffer, (B, H) = getattr(self, name), new.shape[:2]
+        index = layout.block_index(none=capacity).clamp(max=capacity)[:, None]  # [B or 1, 1, NC]
+        # an index for every dim but the last: compiled code writes in place, where it would copy for a scatter
+        rows = torch.arange(B, device=new.device)[:, None, None]
+        heads = torch.arange(H, device=new.device)[:, None]
         if inplace:
-            buffer.scatter_(2, index, new)
+            buffer.index_put_((rows, heads, index), new)
         else:
-            setattr(self, name, buffer.scatter(2, index, new))
+            setattr(self, name, buffer.index_put((rows, heads, index), new))
 
     def offload(self):
         super().offload()

@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 from tiny_nsa import close, every_variant, logits, make_ids, make_model, sparse_variants
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
@@ -275,12 +277,25 @@ def test_compiled_steps_are_one_graph_that_is_never_compiled_again(backend):
     model, ids = make_model(nsa_backend=backend, **small), make_ids(2, 34)
     mask = torch.ones(2, 64, dtype=torch.bool)
     mask[1, :5] = mask[:, 34:] = False
-    cache = StaticCache(config=model.config, max_cache_len=64)
+    cache, made = StaticCache(config=model.config, max_cache_len=64), []
+
+    def record(graph, inputs):
+        made.extend((node.target, tuple(node.meta["val"].shape)) for node in graph.graph.nodes
+                    if isinstance(node.meta.get("val"), torch.Tensor) and node.op == "call_function")  # fmt: skip
+        return make_boxed_func(graph.forward)
+
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         outputs = [model(ids[:, :30], attention_mask=mask & (torch.arange(64) < 30), past_key_values=cache).logits]
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(model, backend=aot_autograd(fw_compiler=record), fullgraph=True)
         for t in range(30, 34):
             seen = mask & (torch.arange(64) <= t)
             outputs.append(compiled(ids[:, t : t + 1], attention_mask=seen, past_key_values=cache).logits)
     expected = logits(model, ids, attention_mask=mask[:, :34].long())
     close(torch.cat(outputs, 1)[mask[:, :34]], expected[mask[:, :34]])
+    if backend == "triton":  # each is written once, as inductor does in place; a scatter would copy the cache
+        layer, aten = cache.layers[0], torch.ops.aten
+        held = {tuple(x.shape) for x in (layer.keys, layer.k_cmp, layer.k_win)}
+        targets = [target for target, shape in made if shape in held]
+        writes = [target for target in targets if target in (aten.index_put.default, aten.index_copy.default)]
+        assert len(writes) == 6
+        assert set(targets) <= {*writes, aten.transpose.int}
