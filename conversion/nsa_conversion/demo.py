@@ -49,7 +49,6 @@ def _prepare_output(output: Path, overwrite: bool) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-    output.mkdir(parents=True, exist_ok=True)
 
 
 def demo(

@@ -161,8 +161,8 @@ def resolve(source, *, revision=None, allow_pickle=False, trust_remote_code=Fals
     else:
         raise NSAError(f"source {name!r} does not exist. Give a directory, a .gguf file or a hub id (owner/name).")
     config_dict = _read_config(name, directory)
-    _refuse_remote_code(name, directory, config_dict, trust_remote_code)
     check_model_type(config_dict.get("model_type"))
+    _refuse_remote_code(name, directory, config_dict, trust_remote_code)
     if config_dict.get("quantization_config"):
         method = config_dict["quantization_config"].get("quant_method", "unknown")
         raise NSAError(
