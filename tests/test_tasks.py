@@ -58,8 +58,8 @@ def test_a_tokenizer_without_chat_template_gets_plain_text(tmp_path, material):
     tokenizer.chat_template = None
     (trial,) = make_trials("passkey", tokenizer, material, LENGTH, trials=1)
     text = tokenizer.decode(trial.prompt)
-    assert text.startswith("There is a pass key")
-    assert text.endswith("What is the pass key?\n\nThe pass key is:")
+    assert text.startswith("A secret pass key number is hidden")
+    assert text.endswith("mentioned in the text?\n\nThe secret pass key number mentioned in the text is:")
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
@@ -198,7 +198,7 @@ def test_cells_have_depths_where_there_is_one_needle():
     ("name", "settings", "error"),
     [
         ("haystack", {}, "task 'haystack' is unknown; the tasks are passkey, needle"),
-        ("passkey", {"length": 100}, "task 'passkey' needs at least 203 tokens, got a task length of 100"),
+        ("passkey", {"length": 100}, "task 'passkey' needs at least 313 tokens, got a task length of 100"),
         ("passkey", {"trials": 0}, "trials must be at least 1, got 0"),
         ("passkey", {"text": "Too few words."}, "at least 200 different words of 4 to 9 letters, got 1 in 0 sentences"),
     ],

@@ -209,7 +209,7 @@ def _name(source) -> str:
 
 def _labels(sources: Sequence) -> list[str]:
     """Short names, made different by a number where they are alike."""
-    names = [Path(_name(source)).name or _name(source) for source in sources]
+    names = [Path(_name(source)).name.removesuffix(".gguf") or _name(source) for source in sources]
     return [name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names, start=1)]
 
 

@@ -221,7 +221,7 @@ class EvaluationReport:
         tables = [Table("scores", ("task", "tokens", "chance", *pooled, "trials"), rows)]
         tables += [
             Table(
-                f"retention of {label}: (score - chance) / ({self.against} - chance)",
+                f"retention of {label}: (score - chance) / ({self.against} - chance), where that is surely large",
                 ("task", "tokens", "retention", "95 % interval"),
                 [_retention_row(row) for row in kept],
             )
@@ -316,7 +316,7 @@ def _number(value: float | None) -> str:
 def _retention_row(row: Retention) -> list[str]:
     length = "" if row.length is None else f"{row.length:,}"
     if row.value is None:
-        return [row.name, length, "dense too weak", ""]
+        return [row.name, length, "not compared", ""]
     return [row.name, length, f"{row.value:.1%}", f"{row.low:.1%} … {row.high:.1%}"]
 
 

@@ -160,13 +160,14 @@ def _numbers(rng: random.Random, count: int) -> list[str]:
 
 def _passkey(rng: random.Random, material: Material, depth: float) -> Draft:
     (number,) = _numbers(rng, 1)
+    sentence = f"The secret pass key number is: {number}."
     return Draft(
-        intro="There is a pass key hidden in the following text. Find it and memorize it.",
-        question="What is the pass key?",
+        intro="A secret pass key number is hidden in the following text. Make sure to memorize it.",
+        question="What is the secret pass key number mentioned in the text?",
         filler=material.prose(rng),
-        needles=[(depth, f"The pass key is: {number}. Remember it. {number} is the pass key.")],
+        needles=[(depth, f"{sentence} Remember it. {sentence}")],
         joiner=" ",
-        lead="The pass key is:",
+        lead="The secret pass key number mentioned in the text is:",
         answers=[number],
     )
 
