@@ -98,7 +98,7 @@ def build_layout(config, inputs_embeds, attention_mask, position_ids, past_key_v
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
     if isinstance(past, torch.Tensor):
         # the kernels for long chunks need the number; decoding does not wait for it, and the cache counts on in place
-        past = int(past) if T > MAX_DECODE_QUERIES else past.to(device).clone()
+        past = _read(past) if T > MAX_DECODE_QUERIES else past.to(device).clone()
     cu_seqlens = _packed_sequences(B, T, attention_mask, position_ids, past_key_values, cu_seqlens)
     padding = {}
     if attention_mask is not None:
@@ -141,6 +141,12 @@ def build_layout(config, inputs_embeds, attention_mask, position_ids, past_key_v
     if layout.cache is not None:  # blocks count from the first real token: their positions are the same
         layout.cache.block_embeddings, layout.cache.first_position = layout.block_embeddings, layout.first_position
     return layout, position_ids, (cos[:, :T], sin[:, :T])
+
+
+@torch.compiler.disable
+def _read(number: torch.Tensor) -> int:
+    """Wait for a number from the device, where compiled code is interrupted."""
+    return int(number)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

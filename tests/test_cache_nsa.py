@@ -10,7 +10,7 @@ from tiny_nsa import close, every_variant, logits, make_ids, make_model, sparse_
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from modeling_nsa import NSAConfig, NSADynamicLayer, NSAForCausalLM, NSAStaticLayer
 from modeling_nsa.cache_nsa import NSACacheInput
@@ -299,3 +299,22 @@ def test_compiled_steps_are_one_graph_that_is_never_compiled_again(backend):
         writes = [target for target in targets if target in (aten.index_put.default, aten.index_copy.default)]
         assert len(writes) == 6
         assert set(targets) <= {*writes, aten.transpose.int}
+
+
+def test_generate_compiles_a_static_cache_once():
+    torch._dynamo.reset()
+    small = {"head_dim": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model, ids = make_model(**small), make_ids(2, 41)
+    mask = torch.ones_like(ids)
+    mask[0, :17] = 0
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(ids, attention_mask=mask, **settings)
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    # in whole, and for the kernels that need the place of a long chunk as a number
+    for fullgraph, chunk in ((True, None), (False, 20)):
+        config = CompileConfig(backend="eager", mode=None, fullgraph=fullgraph)
+        config._compile_all_devices = True
+        static = {"cache_implementation": "static", "compile_config": config, "prefill_chunk_size": chunk}
+        assert torch.equal(model.generate(ids, attention_mask=mask, **static, **settings), expected)
+        assert chunk or graphs["unique_graphs"] == 1
