@@ -29,8 +29,9 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_nsa.NSAForTokenClassification",
 }
 _KERNELS = "nsa_kernels"
+_COMPUTED = ("import_module", "__import__")
 # transformers refuses to load code whose imports are missing, unless they are inside `try`
-_OPTIONAL = ("triton",)
+_OPTIONAL = {"triton"}
 _INSTALLED = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
 
 
@@ -77,59 +78,62 @@ def _flat(path):
 def _flatten(path):
     """`(text, modules it imports from, modules it imports whole)` of one file; only import statements change."""
     source = path.read_text(encoding="utf-8")
-    lines, followed, bare = source.splitlines(keepends=True), [], set()
+    lines, followed, bare, optional = source.splitlines(keepends=True), [], set(), []
     tree = ast.parse(source)
     guarded = {id(node) for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)}
-    optional = []
-
-    def refuse(node, reason):
-        raise NotImplementedError(f"{path.name}, line {node.lineno}: {ast.unparse(node)}: {reason}.")
-
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
-            "import_module",
-            "__import__",
-        ):
-            refuse(node, "an import that is computed cannot be followed")
-        if not isinstance(node, (ast.Import, ast.ImportFrom)):
-            continue
-        relative = isinstance(node, ast.ImportFrom) and (node.level or node.module.split(".")[0] == _KERNELS)
-        if not relative:
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in _COMPUTED:
+            _refuse(path, node, "an import that is computed cannot be followed")
+        elif isinstance(node, ast.ImportFrom) and (node.level or node.module.split(".")[0] == _KERNELS):
+            if node.level > 1 or (node.level and "." in (node.module or "")):
+                _refuse(path, node, "only modules of the same folder become flat")
+            elif node.module is None:
+                bare |= _rewrite_whole(path, lines, node)
+            else:
+                followed.append(_rewrite_from(path, lines, node))
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             roots = {name.split(".")[0] for name in names}
-            if roots <= set(_OPTIONAL):
+            if roots <= _OPTIONAL:
                 optional += [node] if id(node) not in guarded else []
             elif not roots <= _INSTALLED:
-                refuse(node, "transformers and torch do not bring this module")
-        elif node.level > 1 or (node.level and "." in (node.module or "")):
-            refuse(node, "only modules of the same folder become flat")
-        elif node.module is None:
-            modules = {alias.name: path.with_name(f"{alias.name}.py") for alias in node.names}
-            if absent := [name for name, file in modules.items() if not file.is_file()]:
-                refuse(node, f"{', '.join(absent)} is not a module of the same folder")
-            bare.update(modules.values())
-            if any(_flat(file) != name for name, file in modules.items()):
-                aliases = ", ".join(
-                    f"{_flat(modules[alias.name])} as {alias.asname or alias.name}" for alias in node.names
-                )
-                _replace(lines, node, f"from . import {aliases}")
-        else:
-            module = path.with_name(f"{node.module}.py") if node.level else _kernel_file(node.module)
-            if not module.is_file():
-                refuse(node, "there is no such module")
-            if module.stem == "__init__" and any(module.with_name(f"{a.name}.py").is_file() for a in node.names):
-                refuse(node, "a module cannot be imported from its package")
-            followed.append(module)
-            old = f"from {'.' * node.level}{node.module} import"
-            if not lines[node.lineno - 1].lstrip().startswith(old):
-                refuse(node, f"the statement must start with `{old}`")
-            lines[node.lineno - 1] = lines[node.lineno - 1].replace(old, f"from .{_flat(module)} import", 1)
+                _refuse(path, node, "transformers and torch do not bring this module")
     _guard(lines, optional)
     return "".join(lines), followed, bare
 
 
+def _refuse(path, node, reason):
+    raise NotImplementedError(f"{path.name}, line {node.lineno}: {ast.unparse(node)}: {reason}.")
+
+
+def _rewrite_from(path, lines, node):
+    """Point `from .name import …` or `from nsa_kernels.name import …` at the flat module; returns its file."""
+    module = path.with_name(f"{node.module}.py") if node.level else _kernel_file(node.module)
+    if not module.is_file():
+        _refuse(path, node, "there is no such module")
+    if module.stem == "__init__" and any(module.with_name(f"{alias.name}.py").is_file() for alias in node.names):
+        _refuse(path, node, "a module cannot be imported from its package")
+    old, line = f"from {'.' * node.level}{node.module} import", lines[node.lineno - 1]
+    if not line.lstrip().startswith(old):
+        _refuse(path, node, f"the statement must start with `{old}`")
+    lines[node.lineno - 1] = line.replace(old, f"from .{_flat(module)} import", 1)
+    return module
+
+
+def _rewrite_whole(path, lines, node):
+    """Point `from . import name` at the flat module; returns the modules' files."""
+    modules = {alias.name: path.with_name(f"{alias.name}.py") for alias in node.names}
+    if absent := [name for name, file in modules.items() if not file.is_file()]:
+        _refuse(path, node, f"{', '.join(absent)} is not a module of the same folder")
+    if any(_flat(file) != name for name, file in modules.items()):
+        aliases = (f"{_flat(modules[alias.name])} as {alias.asname or alias.name}" for alias in node.names)
+        _replace(lines, node, f"from . import {', '.join(aliases)}")
+    return set(modules.values())
+
+
 def _kernel_file(module):
-    return Path(importlib.util.find_spec(module).origin)
+    spec = importlib.util.find_spec(module)
+    return Path(spec.origin if spec else module)
 
 
 def _replace(lines, node, statement):

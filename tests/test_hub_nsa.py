@@ -120,6 +120,7 @@ def test_only_imports_change():
         ("from .package.module import name", "same folder"),
         ("from .nothing import name", "no such module"),
         ("from . import nothing", "not a module"),
+        ("from nsa_kernels.nothing import name", "no such module"),
         ("from nsa_kernels import window", "from its package"),
         ("from  nsa_kernels import nsa_attention", "must start with"),
         ("import nsa_kernels", "do not bring"),
