@@ -19,7 +19,7 @@ DENSE = {name: value for name, value in SIZES.items() if name not in benchmark_g
 
 
 @pytest.mark.parametrize("name", benchmark_generate.NAMES)
-def test_every_mode_continues_the_prompt(monkeypatch, name):
+def test_every_mode_continues_the_prompt(monkeypatch, capsys, name):
     model = benchmark_generate.build(name, DENSE if name == "dense" else SIZES, device="cpu", dtype=torch.float32)
     rows, tokens = {}, []
     decode = benchmark_generate.decode
@@ -30,15 +30,22 @@ def test_every_mode_continues_the_prompt(monkeypatch, name):
         return out, measured
 
     monkeypatch.setattr(benchmark_generate, "decode", keep)
+
+    def record_kernels(run):
+        run()
+        return [{"name": "some kernel", "start": 1.0, "stop": 1.5}] * 16
+
+    monkeypatch.setattr(benchmark_generate, "record_kernels", record_kernels)
     benchmark_generate.measure(
         rows.__setitem__, model, name, batch=2, context=50, steps=6, chunk=20, modes=benchmark_generate.MODES,
-        device="cpu",
+        device="cpu", kernels=True,
     )  # fmt: skip
+    assert capsys.readouterr().out.count("1000.0 us     2.0 x some kernel") == 3
     assert list(rows)[1:] == list(benchmark_generate.MODES)
     assert all(row["tokens_per_s"] > 0 for row in rows.values())
     expected = model.generate(
-        tokens[0][:, :51], attention_mask=torch.ones(2, 51), max_new_tokens=18, do_sample=False, eos_token_id=None,
-        pad_token_id=0, use_cache=False,
+        tokens[0][:, :51], attention_mask=torch.ones(2, 51), max_new_tokens=tokens[-1].shape[1] - 51, do_sample=False,
+        eos_token_id=None, pad_token_id=0, use_cache=False,
     )  # fmt: skip
     assert torch.equal(tokens[-1], expected)
 

@@ -10,7 +10,7 @@ tokens. The prompt is filled in first, in chunks for sparse models and at once f
 FlashAttention-2 or cuDNN; then `generate` continues with a dynamic cache, a static one, and a static one compiled as
 transformers does by itself. Rows give the seconds of the prompt, and of a step the median and the 20 % and 80 %
 quantiles in milliseconds over the second half of the steps (the first half compiles), tokens per second, the peak
-memory, and how many graphs were compiled during the steps.
+memory, and how many graphs were compiled during the steps. `--kernels` prints what a step spends in each kernel.
 """
 
 import gc
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from benchmark_attention import DENSE
+from benchmark_parts import record_kernels
 from common import COLORS, SIZES, Results, machine, make_parser, new_figure, numbers, require_cuda, save_figure
 from torch.nn.attention import sdpa_kernel
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, StoppingCriteria
@@ -145,11 +146,25 @@ def decode(model, ids, cache, steps, compiled):
     }
 
 
-def measure(add, model, name, batch, context, steps, chunk, modes, device="cuda"):
+def print_kernels(model, ids, cache, compiled, steps=8, most=25):
+    """Print what a step spends in each kernel, the largest first; returns the tokens."""
+    spent, done = {}, []
+    for kernel in record_kernels(lambda: done.append(decode(model, ids, cache, steps, compiled)[0])):
+        entry = spent.setdefault(kernel["name"][:90], [0.0, 0])
+        entry[0] += 1000 * (kernel["stop"] - kernel["start"]) / steps
+        entry[1] += 1 / steps
+    total, launches = (sum(entry[i] for entry in spent.values()) for i in (0, 1))
+    print(f"{total:9.1f} us {launches:7.1f} launches in all", flush=True)
+    for kernel, (microseconds, count) in sorted(spent.items(), key=lambda item: -item[1][0])[:most]:
+        print(f"{microseconds:9.1f} us {count:7.1f} x {kernel}", flush=True)
+    return done[0]
+
+
+def measure(add, model, name, batch, context, steps, chunk, modes, device="cuda", kernels=False):
     """Measure one model: `add` takes a mode and its measurements, first those of the prompt."""
     torch.manual_seed(1)
     ids = torch.randint(3, model.config.vocab_size, (batch, context + 1), device=device)
-    room = context + (len(MODES) + 1) * steps + 1
+    room = context + (len(MODES) + 1) * steps + 64
     chunk = context if name == "dense" else chunk
     backends = DENSE if name == "dense" and device == "cuda" else {f"chunks of {chunk:,}": None}
     for label, backend in backends.items():
@@ -169,6 +184,8 @@ def measure(add, model, name, batch, context, steps, chunk, modes, device="cuda"
         # each mode goes on where the one before stopped
         ids, measured = decode(model, ids, cache, steps, compiled="compiled" in mode)
         add(mode, measured)
+        if kernels:
+            ids = print_kernels(model, ids, cache, "compiled" in mode)
 
 
 def plot(rows, path):
@@ -205,6 +222,7 @@ def parse(arguments=None):
     parser.add_argument("--contexts", nargs="+", type=int, default=[8192, 65536], help="tokens of the prompt")
     parser.add_argument("--steps", type=int, default=64, help="tokens to generate in each mode")
     parser.add_argument("--chunk", type=int, default=8192, help="tokens of a sparse model's prompt taken at once")
+    parser.add_argument("--kernels", action="store_true", help="print what a step spends in each kernel")
     return parser.parse_args(arguments)
 
 
@@ -224,7 +242,8 @@ def main():
                         print(*about.values(), mode, measured, flush=True)
 
                     try:
-                        measure(add, model, name, batch, context, args.steps, args.chunk, args.modes)
+                        about_steps = (args.steps, args.chunk, args.modes)
+                        measure(add, model, name, batch, context, *about_steps, kernels=args.kernels)
                     except torch.OutOfMemoryError:
                         print(*about.values(), "out of memory, the rest is left out", flush=True)
                     torch._dynamo.reset()
