@@ -96,7 +96,7 @@ def check(
         (65, 1, 4, 32, 32, {}),
         (70, 2, 3, 16, 32, {"dtype": torch.float16}),
         (70, 3, 1, 32, 16, {"leftpad": [0, 9]}),
-        (90, 2, 2, 32, 32, {"lengths": [30, 1, 59]}),
+        (90, 2, 2, 32, 32, {"lengths": [30, 0, 1, 59]}),
         (20, 2, 2, 32, 32, {"past": 37}),
         (5, 1, 1, 16, 16, {}),  # no complete block
     ],
@@ -178,7 +178,7 @@ def test_what_the_kernels_do_not_compute_is_refused_by_name():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("heads, groups, dim, v_dim", [(4, 16, 128, 128), (2, 3, 64, 64), (2, 4, 192, 128)])
+@pytest.mark.parametrize("heads, groups, dim, v_dim", [(4, 16, 128, 128), (2, 3, 64, 64), (2, 4, 192, 128), (1, 4, 256, 256)])
 def test_compiles_for_hopper_without_spills(heads, groups, dim, v_dim):
     launches = compile_launches(f"""
 import torch

@@ -306,6 +306,8 @@ def fold_importance(p, *, num_blocks, compress_block_size, compress_stride, sele
     """
     overlap, ratio = compress_block_size // compress_stride, select_block_size // compress_stride
     length = num_blocks * ratio
+    if not length:  # an empty sequence
+        return p[..., :0]
     p = F.pad(p[..., :length], (overlap - 1, max(0, length - p.shape[-1])))
     covering = p.unfold(-1, overlap, 1).sum(-1)  # the sum over k: [..., S · l'/d]
     return covering.unflatten(-1, (num_blocks, ratio)).sum(-1)

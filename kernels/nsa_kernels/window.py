@@ -117,7 +117,8 @@ def _forward_config(q, v):
     widest = max(q.shape[-1], v.shape[-1])
     if q.dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 32 if widest <= 128 else 16, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3 if widest <= 128 else 2}
+    warps = 4 if v.shape[-1] <= 128 else 8  # the outputs of two branches at once
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": warps, "num_stages": 3 if widest <= 128 else 2}
 
 
 def _dq_config(q, v):
