@@ -3,6 +3,7 @@
 import importlib
 import json
 import time
+from pathlib import Path
 
 import pytest
 from tiny import SMALL_NSA, make_checkpoint, make_model, make_tokenizer
@@ -69,6 +70,11 @@ def test_evaluate_takes_several_models_and_texts(checkpoint, other_checkpoint, s
     assert alone.positions["b"] == {"model-b": report.positions["b"]["model-b"]}
     assert alone.recall["a"] == {"model-b": report.recall["a"]["model-b"]}
     assert alone.against is None
+
+
+def test_labels_are_short_and_different():
+    labels = evaluate_module._labels(["runs/a/model.gguf", Path("runs/b/model"), "owner/other", make_model("llama")])
+    assert labels == ["model (1)", "model (2)", "other", "LlamaForCausalLM"]
 
 
 def test_evaluate_takes_loaded_models_and_the_builtin_text(tmp_path):
