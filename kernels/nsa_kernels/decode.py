@@ -36,6 +36,7 @@ from .triton_common import (
     next_power_of_2,
     precision,
     softmax_step,
+    split_head_dim,
     store_pair,
 )
 from .validation import MAX_DECODE_QUERIES
@@ -126,18 +127,19 @@ def _compute(
     num_local_blocks, window_size, scale, window_ring,
 ):  # fmt: skip
     (B, T, HQ, D), (H, DV) = q.shape, v.shape[2:]
+    G = HQ // H
     o, block_indices = _allocate(q, v, num_selected_blocks)
     if not o.numel():
         return o, block_indices
     q, k, v, k_cmp, v_cmp, k_win, v_win = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, k_cmp, v_cmp, k_win, v_win)
     )
-    config = _config(D, DV, q.dtype)
+    most = 16 if q.dtype == torch.float32 else 32 if max(D, DV) > 128 else 64
+    rows, single = _row_tiles(G, T, most), _row_tiles(G, 1, most)
+    config, config_single = (_config(D, DV, q.dtype, tile["BLOCK_M"]) for tile in (rows, single))
     fold = fold_sizes(compress_block_size, compress_stride, select_block_size, narrowest=config["BLOCK_N"])
     S = cdiv(k.shape[1], select_block_size)
     tiles = cdiv(S, fold["OUT"])
-    G = HQ // H
-    rows, single = _row_tiles(G, T, q.dtype), _row_tiles(G, 1, q.dtype)
     query_tiles = cdiv(T, rows["TILE"])
     window_tiles = cdiv(min(window_size - 1 + T, k_win.shape[1]), config["BLOCK_N"])
     chosen_tiles = cdiv(num_selected_blocks * select_block_size, config["BLOCK_N"])
@@ -185,7 +187,8 @@ def _compute(
     )  # fmt: skip
     _selected_kernel[(chosen_splits, T * H * single["GROUPS"], B)](
         q, k, v, block_indices, parts, lse, *strides(q, k, v), first_split=first_splits, all_splits=all_splits,
-        splits=chosen_splits, **where, **shapes, **single, N=num_selected_blocks, BLOCKS=select_block_size, **config,
+        splits=chosen_splits, **where, **shapes, **single, N=num_selected_blocks, BLOCKS=select_block_size,
+        **config_single,
     )  # fmt: skip
     _combine_kernel[(HQ, T, B)](
         parts, lse, g_cmp, g_slc, g_win, o, *g_cmp.stride(), *g_slc.stride(), *g_win.stride(), HQ, T,
@@ -216,18 +219,20 @@ def _splits(tiles: int, programs: int, device: torch.device) -> int:
     return max(1, min(tiles, _MAX_SPLITS, cdiv(_WAVES * _multiprocessors(device), programs)))
 
 
-def _row_tiles(G, T, dtype):
-    """Rows of a tile: TILE queries times GT of the G heads of a group."""
-    rows = 16 if dtype == torch.float32 else min(64, max(16, next_power_of_2(G * T)))
+def _row_tiles(G, T, most):
+    """Rows of a tile, at most `most`: TILE queries times GT of the G heads of a group."""
+    rows = min(most, max(16, next_power_of_2(G * T)))
     return {**_tiles(G, rows), "BLOCK_M": rows}
 
 
-def _config(D, DV, dtype):
-    widest = max(D, DV)
+def _config(D, DV, dtype, rows):
+    """Tiles of keys for tiles of so many rows."""
+    widest, pairs = max(D, DV), any(split_head_dim(size)[1] for size in (D, DV))
     if dtype == torch.float32:
         keys, warps, stages = (32, 8, 1) if widest <= 128 else (16, 4, 1)
     else:
-        keys, warps, stages = 64, 4, 3 if widest <= 128 else 2
+        keys, warps = 64, 8 if rows > 16 and (widest > 128 or pairs) else 4
+        stages = 3 if widest <= 128 else 2
     return {"BLOCK_N": keys, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
