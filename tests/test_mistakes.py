@@ -154,6 +154,11 @@ MISTAKES = [
     ("generate {triton} --prompt x", "backend='triton' cannot run", no_interpreter),
     ("generate owner/name --prompt x", "cannot be loaded", offline),
     ("generate owner/name --prompt x", "cannot be loaded", no_answer),
+    # inspect
+    ("inspect {nsa} --text {work}/nothing --output {work}/page.html", "does not exist", None),
+    ("inspect {nsa} --output {text}", "exists; choose another file", None),
+    ("inspect {nsa} --output {work}/nothing/page.html", "does not exist", None),
+    ("inspect {dense} --output {work}/page.html --length 64", "has no layers of native sparse attention", None),
     # push
     ("push {nsa}", "required: REPO", None),
     ("push {work}/nothing me/name", "is not a directory", None),

@@ -27,7 +27,7 @@ FORBIDDEN = {
     "modeling_nsa": {"triton", "nsa_conversion"},
     "nsa_conversion": {"triton"},
 }
-COMMANDS = ("convert", "finetune", "eval", "generate", "push", "env", "completion", "demo")
+COMMANDS = ("convert", "finetune", "eval", "generate", "push", "inspect", "env", "completion", "demo")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # `python some/script.py --flags` of this repository, as against the flags of `nsa`.
 SCRIPT_CALL = r"python (\S+\.py)([^`\n]*)"

@@ -20,6 +20,7 @@ _EXPORTS = {
     "finetune": "finetune",
     "evaluate": "evaluate",
     "generate": "generate",
+    "inspect_text": "inspect",
     "push": "hub",
     "load_model": "sources",
     "smollm2_gguf": "sources",

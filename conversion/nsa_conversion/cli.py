@@ -15,6 +15,7 @@ COMMANDS = {
     "eval": ("nsa_conversion.evaluate", "loss, retrieval and selection, side by side with the dense model"),
     "generate": ("nsa_conversion.generate", "answer a prompt or chat, with streaming"),
     "push": ("nsa_conversion.hub", "upload a model or an adapter to the Hugging Face hub"),
+    "inspect": ("nsa_conversion.inspect", "draw what the sparse layers read in a text"),
     "env": ("nsa_conversion.env", "versions, devices, and which implementation will run and why"),
     "completion": ("nsa_conversion.completion", "print a script that completes commands and flags in a shell"),
     "demo": ("nsa_conversion.demo", "convert, compare, fine-tune and run SmolLM2-135M from start to finish"),
