@@ -13,7 +13,7 @@ import torch
 from local_hub import use_hub
 from test_finetune import QUIET, SHORT, checkpoint, make_nsa, text_file  # noqa: F401 - fixtures
 from tiny import make_checkpoint
-from tiny_nsa import make_model
+from tiny_nsa import make_ids, make_model
 
 from modeling_nsa import NSAForCausalLM
 from modeling_nsa.hub_nsa import AUTO_MAP, remote_code
@@ -151,6 +151,26 @@ def test_finetune_pushes(hub, tmp_path, checkpoint, text_file, strategy):  # noq
         }[strategy]
     )
     assert len(hub.commits) == {"every_save": 3, "end": 1, "checkpoint": 5, "all_checkpoints": 5}[strategy]
+
+
+def test_logits_stay_from_adapter_to_merged_to_hub(hub, tmp_path, checkpoint, text_file):  # noqa: F811
+    from peft import PeftModel
+
+    output, ids = tmp_path / "trained", make_ids(1, 70)
+    settings = {**SHORT, **QUIET, "lora": True, "push_to_hub": True, "hub_strategy": "end"}
+    finetune(checkpoint, output, train_file=text_file, **settings)
+    base = NSAForCausalLM.from_pretrained(checkpoint)
+    loaded = {
+        "adapter over the base": PeftModel.from_pretrained(base, output / "adapter"),
+        "merged": NSAForCausalLM.from_pretrained(output),
+        "pushed": NSAForCausalLM.from_pretrained("me/trained", cache_dir=tmp_path / "cache"),
+    }
+    with torch.no_grad():
+        logits = {name: model.eval()(ids).logits for name, model in loaded.items()}
+        plain = NSAForCausalLM.from_pretrained(checkpoint)(ids).logits
+    torch.testing.assert_close(logits["adapter over the base"], logits["merged"], rtol=1e-4, atol=1e-5)
+    assert torch.equal(logits["merged"], logits["pushed"])
+    assert (logits["merged"] - plain).abs().max() > 1e-3
 
 
 def test_finetune_asks_the_hub_before_it_trains(hub, tmp_path, checkpoint, text_file):  # noqa: F811

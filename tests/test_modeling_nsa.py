@@ -282,3 +282,16 @@ def test_exact_start_makes_every_new_parameter_learn_by_step_3():
             assert step == 1, name
         elif "gate.fc1" in name or "_cmp" in name or "_win" in name or ".w2" in name or ".b2" in name:
             assert step <= 2, name
+
+
+def test_an_accelerator_that_runs_the_reference_is_told_why_once(monkeypatch, caplog):
+    from modeling_nsa import modeling_nsa as module
+
+    module._warn_of_slow_path.cache_clear()
+    monkeypatch.setattr(module, "triton_error", lambda device: "Triton is not installed.")
+    monkeypatch.setattr(module.logger, "propagate", True)
+    for device in ("cpu", "cuda", "cuda"):
+        module._warn_of_slow_path(torch.device(device))
+    (record,) = [record for record in caplog.records if "slow PyTorch reference" in record.message]
+    assert "Triton is not installed." in record.message
+    module._warn_of_slow_path.cache_clear()
