@@ -236,9 +236,9 @@ class NSADynamicLayer(NSACacheLayerMixin, DynamicLayer):
         buffer[:, :, start + held : start + held + added] = new
         return buffer[:, :, start : start + held + added]
 
-    def offload(self):
-        super().offload()
-        self._buffers.clear()
+    def _map_state(self, function):
+        super()._map_state(function)
+        self._buffers.clear()  # what they hold has been moved or copied
 
     def _rebuild(self, nsa, past):
         """With shared K/V, recompute what is missing: after taking over a plain layer, or after a deep crop."""

@@ -99,6 +99,23 @@ def test_beams_batches_and_offloading(variant):
         static.reset()
 
 
+def test_what_is_moved_or_copied_is_not_held_twice():
+    model, ids = make_model(), make_ids(2, 40)
+    order = torch.tensor([1, 0])
+    for move in (
+        lambda layer: layer.offload(),
+        lambda layer: layer.reorder_cache(order),
+        lambda layer: layer.batch_repeat_interleave(2),
+        lambda layer: layer.batch_select_indices(order),
+    ):
+        cache = fill(model, ids[:, :30])
+        step(model, ids[:, 30:31], cache)
+        layer = cache.layers[0]
+        assert {"keys", "values", "k_win", "v_tail"} <= layer._buffers.keys()
+        move(layer)
+        assert not layer._buffers
+
+
 @pytest.mark.parametrize("variant", ["separate", "shared"])
 def test_right_padded_rows_are_cropped_by_column(variant):
     model, ids = make_model(variant), make_ids(2, 40)
