@@ -217,7 +217,8 @@ def _row_config(D, DV, dtype, backward):
     """Tiles of the kernels that own a tile of queries."""
     widest = max(D, DV)
     if dtype == torch.float32:
-        return {"BLOCK_M": 64 if widest <= 128 else 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+        keys = 32 if widest <= (32 if backward else 64) else 16
+        return {"BLOCK_M": 64 if widest <= 128 else 32, "BLOCK_N": keys, "num_warps": 8, "num_stages": 1}
     if widest <= 128:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2 if backward else 3}
     return {"BLOCK_M": 128, "BLOCK_N": 32 if backward else 64, "num_warps": 8, "num_stages": 2}

@@ -165,7 +165,7 @@ def selected_forward(q, k, v, block_indices, select_block_size, scale, layout):
 def _forward_config(q, v, select_block_size):
     widest = max(q.shape[-1], v.shape[-1])
     if q.dtype == torch.float32:
-        keys, warps, stages = 32 if widest <= 128 else 16, 8, 1
+        keys, warps, stages = 32 if widest <= 64 else 16, 8, 1
     else:
         keys, warps, stages = 64, 4, 3 if widest <= 128 else 2
     return {"BLOCK_M": _ROWS, "BLOCK_N": _key_tile(select_block_size, keys), "num_warps": warps, "num_stages": stages}
@@ -174,7 +174,7 @@ def _forward_config(q, v, select_block_size):
 def _dq_config(q, v, select_block_size):
     widest = max(q.shape[-1], v.shape[-1])
     if q.dtype == torch.float32:
-        keys, warps, stages = 32 if widest <= 128 else 16, 8, 1
+        keys, warps, stages = 32 if widest <= 32 else 16, 8, 1
     else:
         keys, warps, stages = (64, 4, 2) if widest <= 128 else (32, 8, 2)
     return {"BLOCK_M": _ROWS, "BLOCK_N": _key_tile(select_block_size, keys), "num_warps": warps, "num_stages": stages}

@@ -116,7 +116,7 @@ def window_forward(q, k, v, window_size, scale, layout, branches=None):
 def _forward_config(q, v):
     widest = max(q.shape[-1], v.shape[-1])
     if q.dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_N": 32 if widest <= 128 else 16, "num_warps": 8, "num_stages": 1}
+        return {"BLOCK_M": 64, "BLOCK_N": 32 if widest <= 64 else 16, "num_warps": 8, "num_stages": 1}
     warps = 4 if v.shape[-1] <= 128 else 8  # the outputs of two branches at once
     return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": warps, "num_stages": 3 if widest <= 128 else 2}
 
@@ -124,7 +124,7 @@ def _forward_config(q, v):
 def _dq_config(q, v):
     widest = max(q.shape[-1], v.shape[-1])
     if q.dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_N": 32 if widest <= 128 else 16, "num_warps": 8, "num_stages": 1}
+        return {"BLOCK_M": 64, "BLOCK_N": 32 if widest <= 32 else 16, "num_warps": 8, "num_stages": 1}
     if widest <= 128:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
