@@ -44,8 +44,8 @@ from .window import _query_rows, _tiles
 
 __all__ = ["decode_attention"]
 
-# Programs of a launch for each multiprocessor.
-_WAVES = 2
+# Programs that a multiprocessor holds at once.
+_RESIDENT = 2
 # Splits of one branch: the kernels that join them hold their statistics at once.
 _MAX_SPLITS = 128
 # Widest row of importances that the top-n holds in registers; longer rows are read again and again.
@@ -171,7 +171,7 @@ def _compute(
     free = num_selected_blocks > num_initial_blocks + num_local_blocks
     counts = {"C": k_cmp.shape[1], "S": S, "tiles": tiles, "splits": splits, "all_splits": all_splits}
 
-    _partial_kernel[(first_splits, H * rows["GROUPS"] * query_tiles, B)](
+    _partial_kernel[(H * rows["GROUPS"] * query_tiles, B, first_splits)](
         q, k_cmp, v_cmp, k_win, v_win, parts, lse, imp, peak, *strides(q, k_cmp, v_cmp, k_win, v_win),
         TW=k_win.shape[1], query_tiles=query_tiles, **counts, **where, **shapes, **compression, **rows,
         COLUMNS=fold["COLUMNS"], HALO=fold["HALO"], W=window_size, RING=window_ring, FOLD=free,
@@ -215,8 +215,9 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _splits(tiles: int, programs: int, device: torch.device) -> int:
-    """Splits of `tiles` tiles of keys, where each split is worked on by so many programs."""
-    return max(1, min(tiles, _MAX_SPLITS, cdiv(_WAVES * _multiprocessors(device), programs)))
+    """Splits of `tiles` tiles of keys: all programs run at once, where each split is worked on by `programs`."""
+    fitting = max(1, _RESIDENT * _multiprocessors(device) // programs)
+    return min(_MAX_SPLITS, tiles if tiles < 2 * fitting else fitting)
 
 
 def _row_tiles(G, T, most):
@@ -296,11 +297,11 @@ def _partial_kernel(
     the first HALO selectable blocks only lend their compressed blocks to the importances of the ones after them.
     Peaks are whole numbers, so that equal scores stay equal in the importances of different tiles.
 
-    Grid: (splits + splits of the window, H * GROUPS * query_tiles, B)
+    Grid: (H * GROUPS * query_tiles, B, splits + splits of the window), the long shares first.
     """
-    i_split, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    start = tl.program_id(1) % query_tiles * TILE
-    i_h, i_g = tl.program_id(1) // query_tiles // GROUPS, tl.program_id(1) // query_tiles % GROUPS
+    i_tile, i_b, i_split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    start = i_tile % query_tiles * TILE
+    i_h, i_g = i_tile // query_tiles // GROUPS, i_tile // query_tiles % GROUPS
     pos0, pad = _first_position(i_b, q_offset, leftpad_ptr, stride_offset, OFFSET, LEFTPAD)
     i_q, i_head, used = _query_rows(start, T, i_h, i_g, TILE, GT, G, BLOCK_M)
     position = pos0 + i_q
@@ -321,8 +322,8 @@ def _partial_kernel(
         offs_j = tl.arange(0, BLOCK_N // COLUMNS)
         k_ptrs = k_cmp_ptr + i_b * stride_kcb + i_h * stride_kch
         v_ptrs = v_cmp_ptr + i_b * stride_vcb + i_h * stride_vch
-        for i_tile in range(i_split * share, tl.minimum((i_split + 1) * share, live)):
-            j0 = i_tile * OUT - HALO
+        for i_keys in range(i_split * share, tl.minimum((i_split + 1) * share, live)):
+            j0 = i_keys * OUT - HALO
             offs_key = (j0 + offs_n // COLUMNS) * RATIO + offs_n % COLUMNS
             mask_key = (offs_key >= 0) & (offs_key < blocks) & (offs_n % COLUMNS < RATIO)
             own = offs_n >= HALO * COLUMNS
@@ -336,7 +337,7 @@ def _partial_kernel(
                 imp = fold_tile(p, RATIO, COLUMNS, HALO, SIZE // STRIDE)
                 mask_j = (offs_j >= HALO) & (offs_j < HALO + OUT) & (j0 + offs_j < S)
                 tl.store(imp_ptr + row[:, None] * S + (j0 + offs_j)[None, :], imp, mask=used[:, None] & mask_j[None, :])
-                tl.store(peak_ptr + row * tiles + i_tile, m_new, mask=used)
+                tl.store(peak_ptr + row * tiles + i_keys, m_new, mask=used)
             p = tl.where(own[None, :], p, 0.0)
             alpha = tl.exp2(m - m_new)
             z = z * alpha + tl.sum(p, 1)
@@ -349,7 +350,7 @@ def _partial_kernel(
         first = pos0 + T - TW  # position of the first key
         low = tl.maximum(tl.maximum(pos0 + start - W + 1, first), 0)
         high = pos0 + tl.minimum(start + TILE, T)
-        share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), tl.num_programs(0) - splits) * BLOCK_N
+        share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), tl.num_programs(2) - splits) * BLOCK_N
         low += (i_split - splits) * share
         k_ptrs = k_win_ptr + i_b * stride_kwb + i_h * stride_kwh
         v_ptrs = v_win_ptr + i_b * stride_vwb + i_h * stride_vwh
