@@ -330,6 +330,19 @@ def test_a_pickle_that_runs_code_is_refused_even_when_asked_for(tmp_path, editab
     assert not (tmp_path / "harm-done").exists()
 
 
+@pytest.mark.parametrize(
+    "card, license", [("---\nlicense: mit\n---\nA model.", "mit"), ("---\n{\n---", None), ("", None)]
+)
+def test_the_licence_of_the_source_is_recorded(tmp_path, editable, card, license):
+    (editable / "README.md").write_text(card)
+    run(editable, tmp_path / "nsa")
+    record = json.loads((tmp_path / "nsa" / "nsa_conversion.json").read_text())
+    assert record["source"]["license"] == license
+    text = (tmp_path / "nsa" / "README.md").read_text()
+    assert ("license: mit" in text) == (license == "mit")
+    assert "A model." not in text
+
+
 def test_the_code_of_the_model_lies_beside_it_or_is_left_out(tmp_path, editable):
     run(editable, tmp_path / "with")
     assert {path.name for path in (tmp_path / "with").glob("*.py")} == set(modeling_nsa.hub_nsa.remote_code())

@@ -33,7 +33,7 @@ from nsa_conversion.key_map import (
 )
 from nsa_conversion.parsing import Parser
 
-__all__ = ["NSA_SETTINGS", "ConversionReport", "Prepared", "convert", "main", "prepare"]
+__all__ = ["CARRIED_FILES", "NSA_SETTINGS", "ConversionReport", "Prepared", "convert", "main", "prepare"]
 
 # name of the NSAConfig field and of the flag: (type, what it is)
 NSA_SETTINGS = {
@@ -50,7 +50,8 @@ NSA_SETTINGS = {
     "gate_hidden_size": (int, "hidden size of the gates' MLP (2·head_dim if not given)"),
     "nsa_backend": (("auto", "triton", "reference"), "implementation of the sparse layers"),
 }
-_CARRIED = (
+# what a converted model takes over from its source
+CARRIED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -487,7 +488,7 @@ def _carry_over(source, directory) -> bool:
 
         GenerationConfig.from_model_config(source.config).save_pretrained(directory)
     else:
-        patterns = (*_CARRIED, "tokenization_*.py") if source.trust_remote_code else _CARRIED
+        patterns = (*CARRIED_FILES, "tokenization_*.py") if source.trust_remote_code else CARRIED_FILES
         for path in sorted({path for pattern in patterns for path in source.directory.glob(pattern)}):
             target = directory / path.relative_to(source.directory)
             target.parent.mkdir(exist_ok=True)

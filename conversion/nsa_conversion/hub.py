@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from nsa_conversion.card import MARK, base_model_of, model_card
+from nsa_conversion.convert import CARRIED_FILES
 from nsa_conversion.errors import NSAError, listing
 from nsa_conversion.parsing import Parser
 
@@ -17,24 +18,11 @@ MODEL_TYPE = "native_sparse_attention"
 # Whatever else lies in the directory (checkpoints, optimizer states, data) stays where it is.
 MODEL_FILES = (
     "config.json",
-    "generation_config.json",
     "adapter_config.json",
     "*.safetensors",
     "*.safetensors.index.json",
     "tokenization_*.py",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tekken.json",
-    "*.tiktoken",
-    "*.jinja",
-    "additional_chat_templates/*.jinja",
-    "chat_template.json",
+    *CARRIED_FILES,
 )
 _OTHER_FILES = (
     "adapter/adapter_config.json",
@@ -45,8 +33,6 @@ _OTHER_FILES = (
     "eval.json",
     "eval.html",
     "*.png",
-    "LICENSE*",
-    "NOTICE*",
     "README.md",
 )
 _REPO_ID = re.compile(r"([\w][\w.\-]*/)?[\w][\w.\-]*")
