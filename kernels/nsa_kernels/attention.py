@@ -162,40 +162,11 @@ def _prepare(do, outputs, gates, layout):
 
 @triton.jit(do_not_specialize=["T"])
 def _prepare_kernel(
-    do_ptr,
-    o_cmp_ptr,
-    o_slc_ptr,
-    o_win_ptr,
-    g_cmp_ptr,
-    g_slc_ptr,
-    g_win_ptr,
-    do_cmp_ptr,
-    delta_cmp_ptr,
-    delta_slc_ptr,
-    delta_win_ptr,
-    gate_slc_ptr,
-    gate_win_ptr,
-    dg_cmp_ptr,
-    dg_slc_ptr,
-    dg_win_ptr,
-    stride_dob,
-    stride_dot,
-    stride_doh,
-    stride_gcb,
-    stride_gct,
-    stride_gch,
-    stride_gsb,
-    stride_gst,
-    stride_gsh,
-    stride_gwb,
-    stride_gwt,
-    stride_gwh,
-    T,
-    HQ,
-    DV: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    do_ptr, o_cmp_ptr, o_slc_ptr, o_win_ptr, g_cmp_ptr, g_slc_ptr, g_win_ptr, do_cmp_ptr, delta_cmp_ptr, delta_slc_ptr,
+    delta_win_ptr, gate_slc_ptr, gate_win_ptr, dg_cmp_ptr, dg_slc_ptr, dg_win_ptr, stride_dob, stride_dot, stride_doh,
+    stride_gcb, stride_gct, stride_gch, stride_gsb, stride_gst, stride_gsh, stride_gwb, stride_gwt, stride_gwh, T, HQ,
+    DV: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """See `_prepare`. Outputs are contiguous; `delta_cmp`, `delta_win` and `gate_win` lie by head.
 
     Grid: (cdiv(T * HQ, TILE), B)

@@ -268,17 +268,9 @@ def _tile_map_kernel(cu_ptr, out_ptr, stride_row, stride_seq, N, tiles, steps, T
 
 @triton.jit
 def locate(
-    i_tile,
-    i_batch,
-    map_ptr,
-    cu_ptr,
-    leftpad_ptr,
-    T,
-    q_offset,
-    TILE: tl.constexpr,
-    PACKED: tl.constexpr,
+    i_tile, i_batch, map_ptr, cu_ptr, leftpad_ptr, T, q_offset, TILE: tl.constexpr, PACKED: tl.constexpr,
     LEFTPAD: tl.constexpr,
-):
+):  # fmt: skip
     """Where tile `i_tile` of row `i_batch` lies.
 
     Returns:
@@ -460,27 +452,9 @@ def softmax_end(m, z, acc_1, acc_2, scale_log2, D2: tl.constexpr):
 
 @triton.jit
 def add_dq(
-    acc_1,
-    acc_2,
-    q_1,
-    q_2,
-    do_1,
-    do_2,
-    k_1,
-    k_2,
-    v_1,
-    v_2,
-    visible,
-    lse_log2,
-    delta,
-    gate,
-    scale_log2,
-    D2: tl.constexpr,
-    DV2: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    acc_1, acc_2, q_1, q_2, do_1, do_2, k_1, k_2, v_1, v_2, visible, lse_log2, delta, gate, scale_log2,
+    D2: tl.constexpr, DV2: tl.constexpr, HAS_GATE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """`dq += ds @ k` for one tile of keys, still without the scale.
 
     Args:
@@ -502,29 +476,9 @@ def add_dq(
 
 @triton.jit
 def add_dkdv(
-    dk_1,
-    dk_2,
-    dv_1,
-    dv_2,
-    k_1,
-    k_2,
-    v_1,
-    v_2,
-    q_1,
-    q_2,
-    do_1,
-    do_2,
-    visible,
-    lse_log2,
-    delta,
-    gate,
-    scale_log2,
-    D2: tl.constexpr,
-    DV2: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    dk_1, dk_2, dv_1, dv_2, k_1, k_2, v_1, v_2, q_1, q_2, do_1, do_2, visible, lse_log2, delta, gate, scale_log2,
+    D2: tl.constexpr, DV2: tl.constexpr, HAS_GATE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """`dk += dsᵀ @ q`, still without the scale, and `dv += pᵀ @ do` for one tile of query rows.
 
     Args:
@@ -581,29 +535,10 @@ def empty_outputs(q, v, *, by_head: bool = False) -> tuple[torch.Tensor, torch.T
 
 @triton.jit(do_not_specialize=["T"])
 def _row_delta_kernel(
-    o_ptr,
-    do_ptr,
-    dlse_ptr,
-    delta_ptr,
-    stride_ob,
-    stride_ot,
-    stride_oh,
-    stride_dob,
-    stride_dot,
-    stride_doh,
-    stride_eb,
-    stride_et,
-    stride_eh,
-    stride_lb,
-    stride_lt,
-    stride_lh,
-    T,
-    HQ,
-    DV: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HAS_DLSE: tl.constexpr,
-):
+    o_ptr, do_ptr, dlse_ptr, delta_ptr, stride_ob, stride_ot, stride_oh, stride_dob, stride_dot, stride_doh, stride_eb,
+    stride_et, stride_eh, stride_lb, stride_lt, stride_lh, T, HQ, DV: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_DLSE: tl.constexpr,
+):  # fmt: skip
     """Grid: (cdiv(T * HQ, TILE), B)"""
     i_b = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
