@@ -36,6 +36,7 @@ from .hub import MODEL_FILES, hub_errors, push
 from .loss import PositionBucket, format_position_table, loss_by_position, mean_loss, position_edges
 from .plots import plot_loss_curve, plot_position_loss, require_matplotlib
 from .sources import load_model
+from .stages import StageArguments, StageTrainerMixin, prepare_stage
 
 __all__ = [
     "DataArguments",
@@ -161,7 +162,7 @@ class FinetuneArguments(TrainingArguments):
         super().__post_init__()
 
 
-ARGUMENT_CLASSES = (ModelArguments, DataArguments, LoraArguments, FinetuneArguments)
+ARGUMENT_CLASSES = (ModelArguments, DataArguments, LoraArguments, StageArguments, FinetuneArguments)
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,9 @@ def _check_output(model: str, args: FinetuneArguments) -> None:
         )
 
 
-def _check_arguments(model: ModelArguments, data: DataArguments, lora: LoraArguments, args: FinetuneArguments) -> None:
+def _check_arguments(
+    model: ModelArguments, data: DataArguments, lora: LoraArguments, stage: StageArguments, args: FinetuneArguments
+) -> None:
     """Refuse what cannot work before anything is loaded."""
     if not model.model:
         raise NSAError("a model is required: nsa finetune MODEL …")
@@ -262,6 +265,12 @@ def _check_arguments(model: ModelArguments, data: DataArguments, lora: LoraArgum
             raise NSAError(f"--lora-dropout must be at least 0 and less than 1, got {lora.lora_dropout}")
     elif lora.lora_target_modules:
         raise NSAError("--lora-target-modules was given without --lora")
+    stage.check(lora.lora)
+    if stage.stage == "warmup" and args.learning_rate != FinetuneArguments.learning_rate:
+        raise NSAError(
+            f"--stage warmup trains φ alone: set its rate with --new-parameter-lr, not --learning-rate "
+            f"{args.learning_rate}"
+        )
     require_matplotlib()
     _check_output(model.model, args)
 
@@ -360,6 +369,24 @@ class _Trainer(Trainer):
             folder = "last-checkpoint" if last else Path(checkpoint_folder).name
             jobs.append(api.upload_folder(**where, path_in_repo=folder))
         self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), *jobs])
+
+
+class _StageTrainer(StageTrainerMixin, _Trainer):
+    """The trainer of the stages warmup and adapt."""
+
+
+def _load_teacher(stage: StageArguments, model: ModelArguments, vocab_size: int, device: torch.device):
+    """The frozen teacher, in bfloat16 on accelerators, or None."""
+    if stage.teacher is None:
+        return None
+    dtype = "float32" if device.type == "cpu" else "bfloat16"
+    teacher, _ = load_model(stage.teacher, dtype=dtype, device=device, trust_remote_code=model.trust_remote_code)
+    if teacher.config.vocab_size != vocab_size:
+        raise NSAError(
+            f"--teacher {stage.teacher} must have the model's vocabulary of {vocab_size} tokens to compare logits, it "
+            f"has {teacher.config.vocab_size}; give the model that was converted"
+        )
+    return teacher.requires_grad_(False)
 
 
 def _evaluation_texts(documents: Sequence[np.ndarray], max_length: int, slices: int) -> list[torch.Tensor]:
@@ -479,7 +506,12 @@ def _save_final(trainer: Trainer, tokenizer, model: ModelArguments, source: _Sou
 
 
 def _write_results(
-    trainer: Trainer, report: FinetuneReport, model: ModelArguments, data: DataArguments, lora: LoraArguments
+    trainer: Trainer,
+    report: FinetuneReport,
+    model: ModelArguments,
+    data: DataArguments,
+    lora: LoraArguments,
+    stage: StageArguments,
 ) -> None:
     """Write logs, record and pictures beside the model."""
     output = report.output_dir
@@ -499,6 +531,7 @@ def _write_results(
         "model": dataclasses.asdict(model),
         "data": dataclasses.asdict(data),
         "lora": dataclasses.asdict(lora),
+        "stage": dataclasses.asdict(stage),
         "training": trainer.args.to_dict(),
     }
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -531,9 +564,11 @@ def _push(trainer: Trainer) -> str:
     return url
 
 
-def _run(model: ModelArguments, data: DataArguments, lora: LoraArguments, args: FinetuneArguments) -> FinetuneReport:
-    """Train as the four argument groups say; see `finetune`."""
-    _check_arguments(model, data, lora, args)
+def _run(
+    model: ModelArguments, data: DataArguments, lora: LoraArguments, stage: StageArguments, args: FinetuneArguments
+) -> FinetuneReport:
+    """Train as the argument groups say; see `finetune`."""
+    _check_arguments(model, data, lora, stage, args)
     if not is_accelerate_available():
         raise NSAError("training needs the accelerate library: pip install 'nsa-transformers[train]'")
     if args.n_gpu > 1:
@@ -560,6 +595,7 @@ def _run(model: ModelArguments, data: DataArguments, lora: LoraArguments, args: 
     if tokenizer is None:
         raise NSAError(f"{model.model} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
     source = _SourceSettings.of(model.model, network)
+    teacher = _load_teacher(stage, model, network.config.vocab_size, args.device)
     if main_process:
         _warn_about_length(network.config, data.max_length)
 
@@ -572,6 +608,8 @@ def _run(model: ModelArguments, data: DataArguments, lora: LoraArguments, args: 
     rows = pack(encoded, data.max_length)
     eval_rows: PackedRows | None = pack(held_out, data.max_length) if held_out else None
     texts = _evaluation_texts(held_out, data.max_length, data.eval_slices)
+
+    prepare_stage(network, stage, max(len(piece) for row in rows.rows for piece in row))
 
     set_seed(args.seed)
     if lora.lora:
@@ -587,14 +625,24 @@ def _run(model: ModelArguments, data: DataArguments, lora: LoraArguments, args: 
         if args.overwrite and args.resume_from_checkpoint is None and Path(args.output_dir).is_dir():
             _remove_earlier_run(Path(args.output_dir))
 
-    trainer = _Trainer(
-        model=network,
-        args=args,
-        train_dataset=rows,
-        eval_dataset=eval_rows,
-        data_collator=PackedRowsCollator(),
-        processing_class=tokenizer,
-    )
+    settings = {
+        "model": network,
+        "args": args,
+        "train_dataset": rows,
+        "eval_dataset": eval_rows,
+        "data_collator": PackedRowsCollator(),
+        "processing_class": tokenizer,
+    }
+    if stage.stage == "sft":
+        trainer = _Trainer(**settings)
+    else:
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # φ's losses are computed behind the forward pass
+        trainer = _StageTrainer(**settings, stage=stage, teacher=teacher, max_length=data.max_length)
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise NSAError(
+                f"--stage {stage.stage} reads weights outside the forward pass: use neither FSDP nor DeepSpeed"
+            )
 
     def measure(description: str) -> list[PositionBucket] | None:
         if not texts:
@@ -625,7 +673,7 @@ def _run(model: ModelArguments, data: DataArguments, lora: LoraArguments, args: 
         after=after,
     )
     if main_process:
-        _write_results(trainer, report, model, data, lora)
+        _write_results(trainer, report, model, data, lora, stage)
         if args.push_to_hub:
             report = dataclasses.replace(report, hub_url=_push(trainer))
     return report
@@ -639,7 +687,8 @@ def finetune(model: str | Path, output_dir: str | Path, **settings: Any) -> Fine
         output_dir: the directory for the trained model, checkpoints, logs and pictures; new or empty unless
             `overwrite` or `resume_from_checkpoint` is given.
         settings: fields of `ModelArguments`, `DataArguments` (`train_file` or `dataset` is required),
-            `LoraArguments` and `FinetuneArguments` (all of `TrainingArguments`), as on the command line.
+            `LoraArguments`, `StageArguments` and `FinetuneArguments` (all of `TrainingArguments`), as on the command
+            line.
 
     Returns:
         The report. With LoRA, `output_dir` holds the merged model and `output_dir/adapter` the adapter.
@@ -684,7 +733,9 @@ def _parser() -> _Parser:
     return parser
 
 
-def _parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, LoraArguments, FinetuneArguments]:
+def _parse(
+    argv: list[str],
+) -> tuple[ModelArguments, DataArguments, LoraArguments, StageArguments, FinetuneArguments]:
     *groups, rest = _parser().parse_args_into_dataclasses(argv, look_for_args_file=False)
     if rest.positional_model is not None:
         if groups[0].model is not None:
@@ -702,8 +753,8 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit code.
     """
-    model, data, lora, args = _parse(argv)
-    report = _run(model, data, lora, args)
+    model, data, lora, stage, args = _parse(argv)
+    report = _run(model, data, lora, stage, args)
     if args.process_index == 0:
         if report.before is not None:
             series = {"before": report.before, "after": report.after}

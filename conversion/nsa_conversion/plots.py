@@ -53,16 +53,25 @@ def _new_figure(title: str, x_label: str, y_label: str):
 
 
 def plot_loss_curve(log_history: Sequence[Mapping[str, Any]], path: str | Path, title: str = "Training loss") -> None:
-    """Draw training and evaluation loss over optimizer steps.
+    """Draw training and evaluation loss, and the terms of the former, over optimizer steps.
 
     Args:
-        log_history: `trainer.state.log_history`; entries with `loss` or `eval_loss` and `step` are drawn.
+        log_history: `trainer.state.log_history`; entries with `step` and `loss`, `eval_loss` or a term of
+            `nsa finetune --stage` are drawn.
         path: the PNG to write.
         title: shown above the axes.
     """
     figure, axes = _new_figure(title, "optimizer step", "loss (nats per token)")
     drawn = 0
-    for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
+    curves = {
+        "loss": "training",
+        "eval_loss": "evaluation",
+        "next_token_loss": "next token",
+        "distill_loss": "KL to the teacher",
+        "selector_loss": "KL of the selector",
+        "value_loss": "relative error of φ_V",
+    }
+    for key, label in curves.items():
         points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
         if points:
             marker = MARKERS[drawn] if len(points) <= 50 else None

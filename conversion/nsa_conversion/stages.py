@@ -1,0 +1,274 @@
+# Copyright 2026 The NSA for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""The stages of `nsa finetune`: the selector's warm-up, sparse adaptation with a dense teacher, and plain training.
+
+warmup: the backbone runs dense and frozen; φ_K learns which blocks dense attention reads, φ_V what lies outside the
+window. adapt: everything trains on the next token, with the teacher's logits and the selector's loss beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from .distill import (
+    SELECTOR_TARGETS,
+    choose_queries,
+    dense_forward,
+    distillation_loss,
+    layer_inputs,
+    selector_losses,
+    sparse_layers,
+)
+from .errors import NSAError
+
+__all__ = ["STAGES", "StageArguments", "StageTrainerMixin", "annealed_blocks", "prepare_stage"]
+
+STAGES = ("warmup", "adapt", "sft")
+# Trained at a rate of their own: they start untrained. The gate scales do not: their step of 64 is rate enough.
+NEW_PARAMETERS = (".self_attn.compress_k.", ".self_attn.compress_v.", ".self_attn.gate.")
+
+
+@dataclass
+class StageArguments:
+    """Which stage of the recipe this run is; the other options belong to warmup and adapt."""
+
+    _argument_group_name = "stage"
+
+    stage: str = field(
+        default="sft",
+        metadata={
+            "help": "warmup: only φ learns, from the dense attention of the frozen model; adapt: all weights learn "
+            "from the next token, the logits of --teacher and the dense choice of blocks; sft: from the next token.",
+            "choices": STAGES,
+        },
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "adapt: the dense source, whose logits are matched; a directory or hub id."}
+    )
+    distill_weight: float | None = field(
+        default=None, metadata={"help": "adapt: factor of the KL to the teacher's logits (default: 1)."}
+    )
+    selector_weight: float | None = field(
+        default=None, metadata={"help": "adapt: factor of the selector's KL; 0 leaves it out (default: 1)."}
+    )
+    selector_queries: int | None = field(
+        default=None,
+        metadata={"help": "warmup, adapt: queries drawn per row for the selector's loss (default: 1024)."},
+    )
+    selector_target: str | None = field(
+        default=None,
+        metadata={
+            "help": "warmup, adapt: what a block is worth: its dense attention mass, or the mass times the norm of the "
+            "values, output (default: mass).",
+            "choices": SELECTOR_TARGETS,
+        },
+    )
+    new_parameter_lr: float | None = field(
+        default=None,
+        metadata={
+            "help": "warmup, adapt: learning rate of φ and the gates; all else uses --learning-rate (default: 1e-3)."
+        },
+    )
+    anneal_blocks: float | None = field(
+        default=None,
+        metadata={
+            "help": "adapt: share of the steps over which the number of selected blocks falls, by halves, from all "
+            "blocks of a row to its final value (default: 0)."
+        },
+    )
+
+    def check(self, lora: bool) -> None:
+        """Refuse what cannot work, and set what was not given.
+
+        Raises:
+            NSAError: a value out of range, or an option that the stage does not use.
+        """
+        if self.stage not in STAGES:
+            raise NSAError(f"--stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
+        if self.stage == "warmup" and lora:
+            raise NSAError("--lora does nothing in --stage warmup, which trains φ alone; leave it out")
+        defaults = {
+            "teacher": (("adapt",), None),
+            "distill_weight": (("adapt",), 1.0),
+            "selector_weight": (("adapt",), 1.0),
+            "anneal_blocks": (("adapt",), 0.0),
+            "selector_queries": (("warmup", "adapt"), 1024),
+            "selector_target": (("warmup", "adapt"), "mass"),
+            "new_parameter_lr": (("warmup", "adapt"), 1e-3),
+        }
+        if self.distill_weight is not None and self.teacher is None:
+            raise NSAError("--distill-weight needs --teacher, the dense model whose logits are matched")
+        for name, (stages, default) in defaults.items():
+            flag = f"--{name.replace('_', '-')}"
+            if getattr(self, name) is None:
+                setattr(self, name, default if self.stage in stages else None)
+            elif self.stage not in stages:
+                raise NSAError(f"{flag} belongs to --stage {' or '.join(stages)}, got --stage {self.stage}")
+        if self.stage == "sft":
+            return
+        for name in ("distill_weight", "selector_weight"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise NSAError(f"--{name.replace('_', '-')} must not be negative, got {value}")
+        if self.selector_queries < 1:
+            raise NSAError(f"--selector-queries must be at least 1, got {self.selector_queries}")
+        if self.selector_target not in SELECTOR_TARGETS:
+            raise NSAError(
+                f"--selector-target must be one of {', '.join(SELECTOR_TARGETS)}, got {self.selector_target!r}"
+            )
+        if self.new_parameter_lr <= 0:
+            raise NSAError(f"--new-parameter-lr must be more than 0, got {self.new_parameter_lr}")
+        if self.anneal_blocks is not None and not 0 <= self.anneal_blocks <= 1:
+            raise NSAError(f"--anneal-blocks must be a share of the steps, 0 to 1, got {self.anneal_blocks}")
+
+
+def prepare_stage(network, stage: StageArguments, longest: int) -> None:
+    """Check that a model and its data suit a stage, and freeze what the stage does not train.
+
+    Args:
+        network: the model, before LoRA.
+        stage: checked arguments.
+        longest: tokens of the longest document part in the training rows.
+
+    Raises:
+        NSAError: a dense model, a φ without parameters, or rows in which nothing is left out.
+    """
+    if stage.stage == "sft":
+        return
+    layers = sparse_layers(network)
+    if not layers:
+        raise NSAError(f"--stage {stage.stage} needs sparse layers, and this {type(network).__name__} has none")
+    if stage.stage == "adapt" and not stage.selector_weight:
+        return
+    config = layers[0].config
+    if config.compress_type == "mean":
+        without = "" if stage.stage == "warmup" else ", or leave the selector's loss out with --selector-weight 0"
+        raise NSAError(
+            f"--stage {stage.stage} trains φ, and compress_type 'mean' has no parameters; convert with "
+            f"--compress-type residual_mlp{without}"
+        )
+    first = _first_query(config)
+    if longest <= first:
+        raise NSAError(
+            f"the selector learns from tokens beyond max(n * l', w) = {first} of a document, and the longest in a row "
+            f"has {longest}; give longer documents and a --max-length above {first}"
+        )
+    if stage.stage == "warmup":
+        network.requires_grad_(False)
+        for attention in layers:
+            attention.compress_k.requires_grad_(True)
+            attention.compress_v.requires_grad_(True)
+
+
+def _first_query(config) -> int:
+    """Position from which on the selection leaves blocks out and tokens lie outside the window."""
+    return max(config.num_selected_blocks * config.select_block_size, config.window_size)
+
+
+def annealed_blocks(progress: float, first: int, last: int) -> int:
+    """n at a share `progress` of the annealing: from `first` down to `last`, twice `last`, four times … on the way."""
+    if progress >= 1 or first <= last:
+        return last
+    return min(first, last * 2 ** math.ceil((1 - progress) * math.log2(first / last)))
+
+
+class StageTrainerMixin:
+    """What warmup and adapt add to a `Trainer`.
+
+    Args:
+        stage: checked arguments.
+        teacher: the dense model, or None.
+        max_length: tokens of a row.
+    """
+
+    def __init__(self, *args, stage: StageArguments, teacher=None, max_length: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.stage, self.teacher, self.max_length = stage, teacher, max_length
+        self.config = sparse_layers(self.model)[0].config
+        self.num_blocks, self.first_query = self.config.num_selected_blocks, _first_query(self.config)
+        self._terms: dict[str, list] = {}
+
+    def create_optimizer(self, model=None):
+        """As in Trainer; φ and the gates are moved to groups of their own learning rate."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if not made:
+            return optimizer
+        named = (self.model if model is None else model).named_parameters()
+        new = {parameter for name, parameter in named if any(part in name for part in NEW_PARAMETERS)}
+        for group in list(optimizer.param_groups):
+            moved = [parameter for parameter in group["params"] if parameter in new]
+            group["params"] = [parameter for parameter in group["params"] if parameter not in new]
+            if moved:
+                optimizer.add_param_group({**group, "params": moved, "lr": self.stage.new_parameter_lr})
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As in Trainer, at the present number of blocks: the backward pass may compute the forward pass again."""
+        with self._annealed():
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    @contextlib.contextmanager
+    def _annealed(self) -> Iterator[None]:
+        if self.stage.anneal_blocks:
+            progress = self.state.global_step / (self.stage.anneal_blocks * self.state.max_steps)
+            first = -(-self.max_length // self.config.select_block_size)
+            self.config.num_selected_blocks = annealed_blocks(progress, first, self.num_blocks)
+        try:
+            yield
+        finally:
+            self.config.num_selected_blocks = self.num_blocks
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The stage's loss in training, the next token's in evaluation."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        # a loss that is summed over tokens holds its share of the accumulated batch, the others are means
+        summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        parts = self.current_gradient_accumulation_steps if summed else 1
+        if self.stage.stage == "warmup":
+            backbone = {name: value for name, value in inputs.items() if name != "labels"}
+            with dense_forward(model), layer_inputs(model) as layers:
+                outputs = model(**backbone, use_cache=False, logits_to_keep=1)
+            selector, value = self._selector(layers)
+            terms, total = {"selector_loss": selector, "value_loss": value}, (selector + value) / parts
+        else:
+            collect = layer_inputs(model) if self.stage.selector_weight else contextlib.nullcontext([])
+            with collect as layers:
+                total, outputs = super().compute_loss(model, {**inputs}, True, num_items_in_batch=num_items_in_batch)
+            terms = {"next_token_loss": total.detach() * parts}
+            if self.teacher is not None:
+                terms["distill_loss"] = self._distill(inputs, outputs)
+                total = total + self.stage.distill_weight / parts * terms["distill_loss"]
+            if layers:
+                terms["selector_loss"], _ = self._selector(layers)
+                total = total + self.stage.selector_weight / parts * terms["selector_loss"]
+        for name, term in terms.items():
+            self._terms.setdefault(name, []).append(term.detach())
+        return (total, outputs) if return_outputs else total
+
+    def _selector(self, layers):
+        """Means of both losses over the sparse layers."""
+        tokens = layers[0].hidden_states.shape[1]
+        queries = choose_queries(layers[0].layout, tokens, self.first_query, self.stage.selector_queries)
+        losses = [selector_losses(layer, queries, self.stage.selector_target) for layer in layers]
+        return tuple(sum(each) / len(layers) for each in zip(*losses))
+
+    def _distill(self, inputs, outputs):
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        with torch.no_grad():
+            taught = self.teacher(**given, use_cache=False).logits
+        return distillation_loss(outputs.logits, taught, inputs["labels"])
+
+    def log(self, logs, start_time=None):
+        """As in Trainer, with the mean of every term since the last time."""
+        if "loss" in logs and self._terms:
+            logs |= {name: (sum(terms) / len(terms)).item() for name, terms in self._terms.items()}
+            self._terms.clear()
+        super().log(logs, start_time)

@@ -1,0 +1,231 @@
+# Copyright 2026 The NSA for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+import importlib
+import json
+import shutil
+
+import pytest
+import torch
+from tiny import SMALL_NSA, make_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nsa_conversion import convert, finetune
+from nsa_conversion.data import builtin_text
+from nsa_conversion.distill import dense_forward
+from nsa_conversion.errors import NSAError
+from nsa_conversion.stages import StageArguments, annealed_blocks
+
+finetune_module = importlib.import_module("nsa_conversion.finetune")
+RUN = {"max_length": 128, "eval_slices": 0, "eval_fraction": 0, "disable_tqdm": True, "use_cpu": True}
+RUN |= {"save_strategy": "no", "lr_scheduler_type": "constant", "selector_queries": 96}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("stages")
+    dense = make_checkpoint(root / "dense")
+    convert(dense, root / "nsa", progress=False, **SMALL_NSA)
+    convert(dense, root / "mean", progress=False, **SMALL_NSA, compress_type="mean")
+    (root / "text.txt").write_text(builtin_text()[:3000], encoding="utf-8")
+    (root / "row.txt").write_text(builtin_text()[:127], encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def run(places, tmp_path):
+    """Train the converted model; returns the history, one entry per step, and the state before and after."""
+
+    def train(name, text="text.txt", **settings):
+        output = tmp_path / name
+        finetune(places / "nsa", output, train_file=places / text, **RUN | settings)
+        history = [entry for entry in json.loads((output / "log_history.json").read_text()) if "loss" in entry]
+        before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (places / "nsa", output))
+        return history, before, after
+
+    return train
+
+
+def changed(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_warmup_teaches_phi_alone(run):
+    history, before, after = run("out", "row.txt", stage="warmup", max_steps=15, new_parameter_lr=1e-2)
+    assert changed(before, after) == {name for name in before if "compress_" in name}
+    for term in ("selector_loss", "value_loss"):
+        assert history[-1][term] < 0.9 * history[0][term], term
+    for entry in history:
+        assert entry["loss"] == pytest.approx(entry["selector_loss"] + entry["value_loss"], abs=1e-3)
+
+
+def test_adapt_comes_closer_to_the_teacher(run, places):
+    history, before, after = run(
+        "out",
+        "row.txt",
+        stage="adapt",
+        teacher=str(places / "dense"),
+        max_steps=12,
+        learning_rate=1e-3,
+        distill_weight=20.0,
+    )
+    assert history[-1]["distill_loss"] < 0.9 * history[0]["distill_loss"]
+    assert history[-1]["selector_loss"] < history[0]["selector_loss"]
+    assert changed(before, after) == set(before)
+    for entry in history:
+        expected = entry["next_token_loss"] + 20 * entry["distill_loss"] + entry["selector_loss"]
+        assert entry["loss"] == pytest.approx(expected, abs=1e-3)
+        assert "value_loss" not in entry
+
+
+@pytest.mark.parametrize("stage", ["warmup", "adapt"])
+def test_gradient_checkpointing_and_accumulation_train_the_same(run, places, stage):
+    """Both run twice over the same rows: with recomputation; and each batch of two rows in two parts."""
+    settings = {"stage": stage, "max_steps": 2, "selector_queries": 1000}
+    if stage == "adapt":
+        settings |= {"teacher": str(places / "dense"), "anneal_blocks": 1.0, "learning_rate": 1e-2}
+    settings |= {"optim": "sgd", "new_parameter_lr": 1e-1, "per_device_train_batch_size": 2}
+    plain, before, after = run("plain", **settings)
+    assert changed(before, after)
+    for name, extra in (
+        ("recomputed", {"gradient_checkpointing": True}),
+        ("reentrant", {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
+    ):
+        history, _, same = run(name, **settings, **extra)
+        assert [entry["selector_loss"] for entry in history] == [entry["selector_loss"] for entry in plain]
+        for key in after:
+            torch.testing.assert_close(same[key], after[key], rtol=0, atol=1e-6)
+    if stage == "warmup":
+        in_parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+        history, _, same = run("parts", **settings | in_parts)
+        assert history[0]["selector_loss"] == pytest.approx(plain[0]["selector_loss"], rel=1e-5)
+        assert history[0]["loss"] == pytest.approx(history[0]["selector_loss"] + history[0]["value_loss"], abs=1e-3)
+        for key in (key for key in after if "compress_k" in key):
+            torch.testing.assert_close(same[key], after[key], rtol=0, atol=1e-6)
+
+
+def test_a_resumed_stage_goes_on_as_if_never_stopped(places, tmp_path):
+    output, whole = tmp_path / "out", tmp_path / "whole"
+    settings = {**RUN, "stage": "adapt", "teacher": str(places / "dense"), "selector_queries": 16, "max_steps": 4}
+    settings |= {"save_strategy": "steps", "save_steps": 2, "train_file": places / "text.txt"}
+    finetune(places / "nsa", output, **settings)
+    shutil.copytree(output, whole)
+    shutil.rmtree(output / "checkpoint-4")
+    finetune(places / "nsa", output, **settings, resume_from_checkpoint="true")
+    left, right = (json.loads((path / "log_history.json").read_text()) for path in (whole, output))
+    for term in ("loss", "next_token_loss", "distill_loss", "selector_loss"):
+        assert [entry[term] for entry in left if "loss" in entry] == [entry[term] for entry in right if "loss" in entry]
+    left, right = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (whole, output))
+    assert not changed(left, right)
+
+
+def test_lora_adapts_the_backbone_and_trains_the_new_parts_whole(run, places, tmp_path):
+    _, before, after = run("out", stage="adapt", lora=True, lora_r=2, max_steps=3, learning_rate=1e-2)
+    moved = changed(before, after)
+    for part in ("compress_k", "compress_v", "gate.", "gate_scale", "q_proj", "k_proj_cmp", "down_proj"):
+        assert any(part in name for name in moved), part
+    assert not any("norm" in name or "embed_tokens" in name for name in moved)
+    assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
+
+
+def trainer_of(model, tmp_path, **settings):
+    stage = StageArguments(stage="adapt", **settings)
+    stage.check(lora=False)
+    args = finetune_module.FinetuneArguments(
+        output_dir=str(tmp_path), learning_rate=1e-5, weight_decay=0.1, use_cpu=True, report_to="none"
+    )
+    return finetune_module._StageTrainer(model=model, args=args, stage=stage, max_length=128)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_parameter_groups_hold_rates_and_decay(places, tmp_path, lora):
+    model = AutoModelForCausalLM.from_pretrained(places / "nsa")
+    if lora:
+        model = finetune_module._add_lora(model, finetune_module.LoraArguments(lora=True))
+    optimizer = trainer_of(model, tmp_path, new_parameter_lr=3e-4).create_optimizer()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    seen = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert parameter not in seen
+            seen[parameter] = (group["lr"], group["weight_decay"])
+    assert set(seen) == {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for parameter, (lr, decay) in seen.items():
+        name = names[parameter]
+        new = any(f"self_attn.{part}." in name for part in ("compress_k", "compress_v", "gate"))
+        assert lr == (3e-4 if new else 1e-5), name
+        assert (decay > 0) == (not ("bias" in name or "norm" in name)), name
+    scales = [name for parameter, name in names.items() if "gate_scale" in name and parameter in seen]
+    assert len(scales) == 2
+
+
+def test_the_number_of_blocks_falls_and_is_back_after_every_step(places, tmp_path, monkeypatch):
+    assert [annealed_blocks(i / 4, 16, 4) for i in range(6)] == [16, 16, 8, 8, 4, 4]
+    assert annealed_blocks(0.0, 15, 4) == 15
+    assert annealed_blocks(0.0, 3, 4) == 4
+    model = AutoModelForCausalLM.from_pretrained(places / "nsa")
+    trainer = trainer_of(model, tmp_path, anneal_blocks=0.5)
+    trainer.state.max_steps = 8
+    seen = []
+    monkeypatch.setattr(
+        finetune_module.Trainer, "training_step", lambda *args: seen.append(model.config.num_selected_blocks)
+    )
+    for step in range(6):
+        trainer.state.global_step = step
+        trainer.training_step(model, {})
+        assert model.config.num_selected_blocks == 4
+    assert seen == [16, 16, 8, 8, 4, 4]
+
+
+def test_evaluation_is_of_the_sparse_model(run, places, tmp_path):
+    run("out", stage="warmup", max_steps=1, eval_strategy="steps", eval_steps=1, eval_file=str(places / "row.txt"))
+    history = json.loads((tmp_path / "out" / "log_history.json").read_text())
+    (measured,) = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    model, tokenizer = (each.from_pretrained(tmp_path / "out") for each in (AutoModelForCausalLM, AutoTokenizer))
+    ids = tokenizer((places / "row.txt").read_text() + tokenizer.eos_token, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert measured == pytest.approx(model(ids, labels=ids).loss.item(), abs=1e-4)
+        with dense_forward(model):
+            assert abs(measured - model(ids, labels=ids).loss.item()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"stage": "distil"}, "--stage must be one of warmup, adapt, sft, got 'distil'"),
+        ({"stage": "warmup", "lora": True}, "--lora does nothing in --stage warmup"),
+        ({"stage": "warmup", "teacher": "x"}, "--teacher belongs to --stage adapt, got --stage warmup"),
+        ({"selector_queries": 5}, "--selector-queries belongs to --stage warmup or adapt, got --stage sft"),
+        (
+            {"stage": "warmup", "learning_rate": 1e-3},
+            "--stage warmup trains φ alone: set its rate with --new-parameter-lr",
+        ),
+        ({"stage": "adapt", "distill_weight": 1.0}, "--distill-weight needs --teacher"),
+        ({"stage": "adapt", "selector_weight": -1.0}, "--selector-weight must not be negative, got -1.0"),
+        ({"stage": "adapt", "selector_queries": 0}, "--selector-queries must be at least 1, got 0"),
+        ({"stage": "adapt", "selector_target": "max"}, "--selector-target must be one of mass, output, got 'max'"),
+        ({"stage": "adapt", "new_parameter_lr": 0.0}, "--new-parameter-lr must be more than 0, got 0.0"),
+        ({"stage": "adapt", "anneal_blocks": 2.0}, "--anneal-blocks must be a share of the steps, 0 to 1, got 2.0"),
+        ({"stage": "adapt", "teacher": "/nowhere"}, "model '/nowhere' does not exist"),
+        (
+            {"stage": "warmup", "max_length": 32},
+            r"beyond max\(n \* l', w\) = 32 of a document, and the longest.*has 32",
+        ),
+        ({"stage": "warmup", "model": "dense"}, "--stage warmup needs sparse layers"),
+        ({"stage": "adapt", "model": "mean"}, "compress_type 'mean' has no parameters.*--selector-weight 0"),
+    ],
+)
+def test_refuses_before_training(places, tmp_path, monkeypatch, settings, error):
+    monkeypatch.setattr(finetune_module.Trainer, "train", None)
+    model = places / settings.pop("model", "nsa")
+    settings = {key: value for key, value in RUN.items() if key != "selector_queries"} | settings
+    with pytest.raises(NSAError, match=error):
+        finetune(model, tmp_path / "out", train_file=places / "text.txt", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_refuses_a_teacher_of_another_vocabulary(places, tmp_path):
+    other = make_checkpoint(tmp_path / "other", vocab_size=300)
+    with pytest.raises(NSAError, match=r"must have the model's vocabulary of 272 tokens.*has 300"):
+        finetune(
+            places / "nsa", tmp_path / "out", train_file=places / "text.txt", stage="adapt", teacher=str(other), **RUN
+        )
