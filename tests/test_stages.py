@@ -118,6 +118,22 @@ def test_a_resumed_stage_goes_on_as_if_never_stopped(places, tmp_path):
     assert not changed(left, right)
 
 
+def test_mixed_precision_gives_the_terms_of_full_precision(run, places):
+    """With all blocks selected, so that rounding changes no choice; the model is its teacher then."""
+    settings = {"stage": "adapt", "teacher": str(places / "dense"), "max_steps": 1, "anneal_blocks": 1.0}
+    (full,), _, _ = run("full", "row.txt", **settings)
+    (mixed,), _, _ = run("mixed", "row.txt", **settings, bf16=True)
+    assert full["distill_loss"] == pytest.approx(0, abs=1e-5)
+    assert mixed["distill_loss"] == pytest.approx(0, abs=1e-2)
+    assert mixed["next_token_loss"] == pytest.approx(full["next_token_loss"], rel=0.01)
+    assert mixed["selector_loss"] == pytest.approx(full["selector_loss"], rel=0.02)
+    (full,), _, _ = run("full_warmup", "row.txt", stage="warmup", max_steps=1)
+    (mixed,), before, after = run("mixed_warmup", "row.txt", stage="warmup", max_steps=1, bf16=True)
+    for term in ("selector_loss", "value_loss"):
+        assert mixed[term] == pytest.approx(full[term], rel=0.02), term
+    assert changed(before, after)
+
+
 def test_lora_adapts_the_backbone_and_trains_the_new_parts_whole(run, places, tmp_path):
     _, before, after = run("out", stage="adapt", lora=True, lora_r=2, max_steps=3, learning_rate=1e-2)
     moved = changed(before, after)

@@ -267,8 +267,9 @@ class StageTrainerMixin:
         return distillation_loss(outputs.logits, taught, inputs["labels"])
 
     def log(self, logs, start_time=None):
-        """As in Trainer, with the mean of every term since the last time."""
+        """As in Trainer, with the mean of every term since the last time, over all processes."""
         if "loss" in logs and self._terms:
-            logs |= {name: (sum(terms) / len(terms)).item() for name, terms in self._terms.items()}
+            means = {name: sum(terms) / len(terms) for name, terms in self._terms.items()}
+            logs |= {name: self.accelerator.reduce(mean, "mean").item() for name, mean in means.items()}
             self._terms.clear()
         super().log(logs, start_time)
