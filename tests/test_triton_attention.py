@@ -178,7 +178,9 @@ def test_what_the_kernels_do_not_compute_is_refused_by_name():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("heads, groups, dim, v_dim", [(4, 16, 128, 128), (2, 3, 64, 64), (2, 4, 192, 128), (1, 4, 256, 256)])
+@pytest.mark.parametrize(
+    "heads, groups, dim, v_dim", [(4, 16, 128, 128), (2, 3, 64, 64), (2, 4, 192, 128), (1, 4, 256, 256)]
+)
 def test_compiles_for_hopper_without_spills(heads, groups, dim, v_dim):
     launches = compile_launches(f"""
 import torch
