@@ -49,13 +49,17 @@ def changed(before, after):
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-def test_warmup_teaches_phi_alone(run):
+def test_warmup_teaches_phi_alone(run, tmp_path):
     history, before, after = run("out", "row.txt", stage="warmup", max_steps=15, new_parameter_lr=1e-2)
     assert changed(before, after) == {name for name in before if "compress_" in name}
     for term in ("selector_loss", "value_loss"):
         assert history[-1][term] < 0.9 * history[0][term], term
     for entry in history:
         assert entry["loss"] == pytest.approx(entry["selector_loss"] + entry["value_loss"], abs=1e-3)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "φ alone, 15 steps" in card
+    assert "| `new_parameter_lr` | 0.01 |" in card
+    assert "`teacher`" not in card
 
 
 def test_adapt_comes_closer_to_the_teacher(run, places):

@@ -36,6 +36,16 @@ _TASKS = {
 _ARGUMENTS = {
     "data": ("max_length",),
     "lora": ("lora_r", "lora_alpha", "lora_dropout"),
+    "stage": (
+        "stage",
+        "teacher",
+        "distill_weight",
+        "selector_weight",
+        "selector_queries",
+        "selector_target",
+        "new_parameter_lr",
+        "anneal_blocks",
+    ),
     "training": (
         "learning_rate",
         "lr_scheduler_type",
@@ -186,6 +196,9 @@ def _training(records):
         return None
     report, groups = records.training["report"], records.training["arguments"]
     lora = groups["lora"]["lora"]
+    stage = {name: value for name, value in groups.get("stage", {}).items() if value is not None}
+    groups = {**groups, "stage": stage}
+    trained = "φ alone" if stage.get("stage") == "warmup" else "LoRA" if lora else "All weights"
     rows = [
         [f"`{name}`", groups[group][name]]
         for group, names in _ARGUMENTS.items()
@@ -193,7 +206,7 @@ def _training(records):
         if name in groups[group] and (group != "lora" or lora)
     ]
     text = (
-        f"{'LoRA' if lora else 'All weights'}, {report['steps']} steps; {report['train_tokens']:,} tokens in "
+        f"{trained}, {report['steps']} steps; {report['train_tokens']:,} tokens in "
         f"{report['train_rows']:,} packed rows. Mean training loss {report['train_loss']:.4f}.\n\n"
         f"{_table(['argument', 'value'], rows)}"
     )
