@@ -1,5 +1,7 @@
 # Copyright 2026 The NSA for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
+import copy
+
 import pytest
 import torch
 from tiny import SMALL_NSA, make_checkpoint, random_ids
@@ -121,6 +123,17 @@ def test_selector_losses_equal_a_direct_computation(layer):
 
 def _mean_blocks(x, compress_block_size, compress_stride):
     return x.unfold(0, compress_block_size, compress_stride).mean(-1)
+
+
+@pytest.mark.gpu
+def test_losses_on_a_gpu_equal_those_on_the_cpu(models, packed, layer):
+    queries = choose_queries(layer.layout, 120, 32, 1000)
+    nsa = copy.deepcopy(models[1]).cuda()
+    moved = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in packed.items()}
+    with layer_inputs(nsa) as inputs, torch.no_grad():
+        nsa(**moved)
+    for cpu, gpu in zip(selector_losses(layer, queries), selector_losses(inputs[0], queries)):
+        torch.testing.assert_close(gpu.cpu(), cpu, rtol=1e-4, atol=1e-6)
 
 
 def test_gradients_reach_nothing_but_phi(models, packed):

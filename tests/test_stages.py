@@ -138,6 +138,19 @@ def test_mixed_precision_gives_the_terms_of_full_precision(run, places):
     assert changed(before, after)
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_the_terms_of_the_cpu(run, places):
+    """With all blocks selected, so that rounding changes no choice."""
+    adapt = {"stage": "adapt", "teacher": str(places / "dense"), "anneal_blocks": 1.0}
+    for name, settings in (("adapt", adapt), ("warmup", {"stage": "warmup"})):
+        (cpu,), _, _ = run(f"{name}_cpu", "row.txt", **settings, max_steps=1)
+        settings |= {"use_cpu": False, "bf16": True, "gradient_checkpointing": True}
+        (gpu,), before, after = run(f"{name}_gpu", "row.txt", **settings, max_steps=1)
+        for term in {"next_token_loss", "selector_loss", "value_loss"} & cpu.keys():
+            assert gpu[term] == pytest.approx(cpu[term], rel=0.02), (name, term)
+        assert changed(before, after)
+
+
 def test_lora_adapts_the_backbone_and_trains_the_new_parts_whole(run, places, tmp_path):
     _, before, after = run("out", stage="adapt", lora=True, lora_r=2, max_steps=3, learning_rate=1e-2)
     moved = changed(before, after)
