@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from nsa_kernels.availability import triton_error
-from nsa_kernels.triton_common import Layout, split_head_dim, tile_map
+from nsa_kernels.triton_common import Layout, check_inputs, split_head_dim, tile_map
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -53,7 +53,7 @@ def test_head_dim_tiles(size, tiles):
 def test_q_offset_tensor_is_refused():
     q = torch.zeros(1, 1, 1, 16, device=DEVICE)
     with pytest.raises(NotImplementedError, match="q_offset"):
-        Layout(q, q_offset=torch.tensor(3))
+        check_inputs(q, None, torch.tensor(3))
 
 
 def test_triton_error_names_the_reason(monkeypatch):
