@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from nsa_kernels.availability import triton_error
-from nsa_kernels.triton_common import Layout, check_inputs, split_head_dim, tile_map
+from nsa_kernels.triton_common import check_inputs, split_head_dim, tile_map
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
