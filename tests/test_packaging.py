@@ -57,7 +57,7 @@ def imported_names(path: Path) -> set[str]:
 
 def missing_flags(text: str, offered: str) -> set[str]:
     """The flags that `text` names and the help text `offered` does not."""
-    return {flag for flag in re.findall(r"--[a-z][a-z-]+", text) if not re.search(rf"{flag}\b", offered)}
+    return {flag for flag in re.findall(r"--[a-z][a-z0-9-]+", text) if not re.search(rf"{flag}\b", offered)}
 
 
 def environment(**extra: str) -> dict[str, str]:
