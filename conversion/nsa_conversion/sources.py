@@ -189,10 +189,14 @@ def resolve(source, *, revision=None, allow_pickle=False, trust_remote_code=Fals
 def _card_license(directory):
     """The licence that the metadata of a model card names, or None."""
     from huggingface_hub import ModelCard
+    from yaml import YAMLError
 
+    path = directory / "README.md"
+    if not path.is_file():
+        return None
     try:
-        card = ModelCard.load(directory / "README.md", ignore_metadata_errors=True)
-    except Exception:  # no card, or one that cannot be parsed: then it names no licence
+        card = ModelCard.load(path, ignore_metadata_errors=True)
+    except (ValueError, YAMLError):  # a card that cannot be parsed names no licence
         return None
     return card.data.license if isinstance(card.data.license, str) else None
 
