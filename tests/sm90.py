@@ -25,7 +25,8 @@ def compile_all(module: str, jobs: list[dict], timeout: int = 300) -> list[dict]
             Every other argument is an int32, or fp32 if its name is "scale".
 
     Returns:
-        For each job {"registers", "spills" (bytes of local memory), "shared" (bytes), "wgmma" (whether it is used)}.
+        For each job {"registers", "spills" (bytes of local memory), "shared" (bytes), "wgmma" (whether it is used),
+        "serialized" (whether every wgmma waits for the one before)}.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT / "kernels"), *sys.path])}
     environment.pop("TRITON_INTERPRET", None)
@@ -66,21 +67,30 @@ def _compile(module, kernel, pointers, constants, num_warps, num_stages, descrip
     return {
         **_resources(compiled.asm["cubin"]),
         "shared": compiled.metadata.shared,
-        "wgmma": "wgmma.mma_async" in compiled.asm["ptx"],
     }
 
 
 def _resources(cubin):
-    """Registers of a thread, and its bytes of local memory: spills."""
+    """What `compile_all` returns, read from the machine code."""
     from triton.backends.nvidia import __file__ as backend
 
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "kernel.cubin"
         path.write_bytes(cubin)
         tool = Path(backend).parent / "bin" / "cuobjdump"
-        text = subprocess.run([tool, "--dump-resource-usage", path], check=True, capture_output=True, text=True).stdout
-    words = text.replace(":", " ").split()
-    return {"registers": int(words[words.index("REG") + 1]), "spills": int(words[words.index("STACK") + 1])}
+
+        def dump(what):
+            return subprocess.run([tool, what, path], check=True, capture_output=True, text=True).stdout
+
+        words, code = dump("--dump-resource-usage").replace(":", " ").split(), dump("--dump-sass")
+    products = code.count("HGMMA")
+    return {
+        "registers": int(words[words.index("REG") + 1]),
+        "spills": int(words[words.index("STACK") + 1]),
+        "wgmma": products > 0,
+        # ptxas lets products that it cannot keep under way together wait for each other, with a word to nobody
+        "serialized": 0 < products <= code.count("WARPGROUP.ARRIVE"),
+    }
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def compile_launches(code: str, timeout: int = 300) -> list[dict]:
         code: Python source; tensors lie on the CPU and nothing is computed.
 
     Returns:
-        For each launch {"kernel", "registers", "spills" (bytes of local memory), "shared" (bytes), "wgmma"}.
+        For each launch {"kernel", "shared" (bytes)} and what `sm90._resources` reads.
     """
     from sm90 import _ROOT
 
@@ -58,10 +58,8 @@ def _main():
         def launch(*args, **kwargs):
             compiled = kernel.run(*args, grid=grid, warmup=True, **kwargs)
             compiled = compiled.result() if hasattr(compiled, "result") else compiled
-            wgmma = "wgmma.mma_async" in compiled.asm["ptx"]
-            shared = compiled.metadata.shared
             resources = _resources(compiled.asm["cubin"])
-            results.append({"kernel": kernel.__name__, **resources, "shared": shared, "wgmma": wgmma})
+            results.append({"kernel": kernel.__name__, **resources, "shared": compiled.metadata.shared})
 
         return launch
 

@@ -177,10 +177,11 @@ def test_gate_and_gradient_of_other_branches():
     layout = Layout(q)
     q, k, v, gate = (x.detach() for x in (q, k, v, gate))
     o, lse = selected.selected_forward(q, k, v, indices, 16, 0.25, layout)
-    arguments = (do, q, k, v, indices, lse, (o * do).sum(-1), 16, 0.25, layout)
-    got = selected.selected_backward(*arguments, gate=gate)
+    stats = selected.pack_stats(lse, (o * do).sum(-1), gate)
+    arguments = (do, q, k, v, indices, stats, 16, 0.25, layout)
+    got = selected.selected_backward(*arguments)
     other = torch.randn_like(q)
-    total, *_ = selected.selected_backward(*arguments, gate=gate, dq=other.clone())
+    total, *_ = selected.selected_backward(*arguments, dq=other.clone())
     for a, b in zip((*got, total), (*want, want[0] + other)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -208,13 +209,13 @@ def test_refusals():
 def test_compiles_for_hopper(heads, groups, dim, v_dim):
     launches = compile_launches(f"""
 import torch
-from nsa_kernels.selected import selected_backward, selected_forward
+from nsa_kernels.selected import pack_stats, selected_backward, selected_forward
 from nsa_kernels.triton_common import Layout
 q, k, v = (torch.empty(1, 4096, h, d, dtype=torch.bfloat16) for h, d in
            (({heads * groups}, {dim}), ({heads}, {dim}), ({heads}, {v_dim})))
 indices = torch.empty(1, 4096, {heads}, 16, dtype=torch.int32)
 o, lse = selected_forward(q, k, v, indices, 64, 0.1, Layout(q))
-selected_backward(o, q, k, v, indices, lse, lse, 64, 0.1, Layout(q), gate=lse)
+selected_backward(o, q, k, v, indices, pack_stats(lse, lse), 64, 0.1, Layout(q))
 """)
     assert {"_forward_kernel", "_dq_kernel", "_dkdv_kernel"} <= {launch["kernel"] for launch in launches}
     for launch in launches:

@@ -230,12 +230,10 @@ def _block_config(D, DV, dtype):
     if dtype == torch.float32:
         rows, keys, stages, together = 32, 32, 1, widest <= 128
     elif widest <= 128:
-        rows, keys, stages, together = 64, 128, 3, True
+        rows, keys, stages, together = 32, 128, 4, True
     else:
         rows, keys, stages, together = 32, 64, 2, D + DV <= 320
-    # Triton 3.9 spills registers if the masked loop has three stages too, 3.6 if it has not
-    masked = 2 if stages == 3 and widest > 96 and TRITON_VERSION >= (3, 9) else stages
-    config = {"BLOCK_M": rows, "BLOCK_N": keys, "MASKED_STAGES": masked, "num_warps": 8, "num_stages": stages}
+    config = {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 8, "num_stages": stages}
     return config, together
 
 
@@ -420,26 +418,30 @@ def _backward_q_kernel(
 @triton.jit
 def _backward_kv_step(
     k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2, q_desc, q_desc2, q_row, q_col, do_desc, do_desc2, do_row, do_col,
-    lse_ptr, delta_ptr, stride_lt, stride_dt,
-    offs_last, start, offs_m, rows, pos0, scale_log2,
+    lse_ptr, delta_ptr, stride_lt, stride_dt, start, offs_m, rows, unseen, seeing, scale_log2,
     D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
-    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
-    MASK: tl.constexpr, PRECISION: tl.constexpr,
+    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk (still without the factor `scale`) and dv of one tile of queries; MASK where they do not see all blocks."""
+    """dk (still without the factor `scale`) and dv of one tile of queries.
+
+    Args:
+        unseen, seeing: `[N]`, queries before the first that sees a block, and queries from there on.
+    """
     q_1, q_2 = load_tile(q_desc, q_desc2, q_row + start, q_col, D1, D2)
     do_1, do_2 = load_tile(do_desc, do_desc2, do_row + start, do_col, DV1, DV2)
     mask_m = offs_m < rows - start
-    lse = tl.load(lse_ptr + start * stride_lt + offs_m * stride_lt, mask=mask_m, other=float("inf")) * LOG2E
+    lse = tl.load(lse_ptr + start * stride_lt + offs_m * stride_lt, mask=mask_m, other=0.0) * LOG2E
     delta = tl.load(delta_ptr + start * stride_dt + offs_m * stride_dt, mask=mask_m, other=0.0)
     s = dot_pair(k_1, k_2, q_1, q_2, D2, PRECISION)
     p = tl.exp2(s * scale_log2 - lse[None, :])
-    if MASK:
-        p = tl.where(offs_last[:, None] <= (pos0 + start + offs_m)[None, :], p, 0.0)
+    since = (start + offs_m)[None, :] - unseen[:, None]
+    p = tl.where(since.to(tl.uint32, bitcast=True) < seeing[:, None].to(tl.uint32), p, 0.0)
+    dp = p
+    if WANT_DK:
+        dp = dot_pair(v_1, v_2, do_1, do_2, DV2, PRECISION)
     if WANT_DV:
         dv_1, dv_2 = add_product(dv_1, dv_2, p.to(do_1.dtype), do_1, do_2, DV2, PRECISION)
     if WANT_DK:
-        dp = dot_pair(v_1, v_2, do_1, do_2, DV2, PRECISION)
         ds = p * (dp - delta[None, :])
         dk_1, dk_2 = add_product(dk_1, dk_2, ds.to(q_1.dtype), q_1, q_2, D2, PRECISION)
     return dk_1, dk_2, dv_1, dv_2
@@ -456,7 +458,7 @@ def _backward_kv_kernel(
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
     PACKED: tl.constexpr, LEFTPAD: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """What one query head adds to dk and dv of a tile of compressed blocks, `[B, HQ, C, D]` and `[B, HQ, C, DV]`.
 
@@ -480,7 +482,6 @@ def _backward_kv_kernel(
         pos0 = q_offset - tl.load(leftpad_ptr + i_b).to(tl.int32)
 
     offs_n = tl.arange(0, BLOCK_N)
-    offs_last = (first + offs_n) * STRIDE + SIZE - 1  # position of each block's last token
     mask_key = offs_n < blocks - first
     k_ptr += i_b * stride_kb + i_head // G * stride_kh + (block0 + first) * stride_kt
     v_ptr += i_b * stride_vb + i_head // G * stride_vh + (block0 + first) * stride_vt
@@ -488,9 +489,9 @@ def _backward_kv_kernel(
     v_1, v_2 = load_pair(v_ptr + offs_n * stride_vt, mask_key, DV, DV1, DV2, True)
 
     # the first query that sees block i is at position i·d + l - 1
-    m_any = tl.maximum(first * STRIDE + SIZE - 1 - pos0, 0) // BLOCK_M * BLOCK_M
-    m_all = tl.maximum((first + BLOCK_N - 1) * STRIDE + SIZE - 1 - pos0, 0)
-    m_all = tl.maximum(tl.minimum(tl.cdiv(m_all, BLOCK_M), tl.cdiv(rows, BLOCK_M)) * BLOCK_M, m_any)
+    unseen = (first + offs_n) * STRIDE + SIZE - 1 - pos0
+    seeing = tl.maximum(rows - unseen, 0)
+    begin = tl.maximum(first * STRIDE + SIZE - 1 - pos0, 0) // BLOCK_M * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
     q_row, q_col = ((i_b * q_batch + i_head * q_head + row0).to(tl.int32), (i_head * q_column).to(tl.int32))
     do_row, do_col = ((i_b * do_batch + i_head * do_head + row0).to(tl.int32), (i_head * do_column).to(tl.int32))
@@ -500,17 +501,12 @@ def _backward_kv_kernel(
     dk_1, dk_2 = empty_pair(BLOCK_N, D1, D2)
     dv_1, dv_2 = empty_pair(BLOCK_N, DV1, DV2)
     scale_log2 = scale * LOG2E
-    for i in tl.range(m_any, m_all, BLOCK_M, num_stages=MASKED_STAGES):
+    # one loop, though most tiles need no mask: between two, ptxas would run the products one by one
+    for i in range(begin, rows, BLOCK_M):
         dk_1, dk_2, dv_1, dv_2 = _backward_kv_step(
             k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2, q_desc, q_desc2, q_row, q_col, do_desc, do_desc2, do_row,
-            do_col, lse_ptr, delta_ptr, stride_lt, stride_dt, offs_last, i, offs_m, rows, pos0, scale_log2,
-            D1, D2, DV1, DV2, WANT_DK, WANT_DV, True, PRECISION,
-        )  # fmt: skip
-    for i in range(m_all, rows, BLOCK_M):
-        dk_1, dk_2, dv_1, dv_2 = _backward_kv_step(
-            k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2, q_desc, q_desc2, q_row, q_col, do_desc, do_desc2, do_row,
-            do_col, lse_ptr, delta_ptr, stride_lt, stride_dt, offs_last, i, offs_m, rows, pos0, scale_log2,
-            D1, D2, DV1, DV2, WANT_DK, WANT_DV, False, PRECISION,
+            do_col, lse_ptr, delta_ptr, stride_lt, stride_dt, i, offs_m, rows, unseen, seeing, scale_log2,
+            D1, D2, DV1, DV2, WANT_DK, WANT_DV, PRECISION,
         )  # fmt: skip
 
     part = (i_b * tl.num_programs(0) + i_head) * C + block0 + first

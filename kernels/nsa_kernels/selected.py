@@ -183,25 +183,38 @@ def _dq_config(q, v, select_block_size):
 def _dkdv_config(q, v, select_block_size):
     widest = max(q.shape[-1], v.shape[-1])
     if q.dtype == torch.float32:
-        keys, config = 32 if widest <= 128 else 16, {"EDGE_STAGES": 1, "num_warps": 8, "num_stages": 1}
+        keys, config = 32 if widest <= 128 else 16, {"num_warps": 8, "num_stages": 1}
     elif widest <= 128:  # the rows come from all over the memory: fetch them far ahead
-        # Triton 3.6 spills registers if both loops are as deep as 3.9 makes them
-        deep = widest <= 96 or TRITON_VERSION >= (3, 9)
-        keys, config = 64, {"EDGE_STAGES": 3 if deep else 1, "num_warps": 4, "num_stages": 5 if deep else 4}
+        # a stage more spills registers in Triton 3.6
+        keys, config = 64, {"num_warps": 4, "num_stages": 5 if widest <= 96 or TRITON_VERSION >= (3, 9) else 4}
     else:
-        keys, config = 64 if widest <= 192 else 32, {"EDGE_STAGES": 2, "num_warps": 8, "num_stages": 2}
+        keys, config = 64 if widest <= 192 else 32, {"num_warps": 8, "num_stages": 2}
     return {"BLOCK_M": 32, "BLOCK_N": _key_tile(select_block_size, keys), **config}
 
 
-def selected_backward(do, q, k, v, block_indices, lse, delta, select_block_size, scale, layout, *, gate=None, dq=None):
+def pack_stats(lse, delta, gate=None):
+    """What the backward kernels read of a row, side by side, so that a gather needs one address.
+
+    Args:
+        lse: `[..., T, HQ]`, of `selected_forward`.
+        delta: fp32 `[..., T, HQ]`, of `row_delta` without the gate.
+        gate: `[..., T, HQ]` or None, then 1.
+
+    Returns:
+        fp32 `[..., T, HQ, 4]`: lse in base 2, +inf for a row without a key; delta; gate; 0.
+    """
+    lse = torch.where(lse == float("-inf"), float("inf"), lse * LOG2E.value)
+    gate = torch.ones_like(lse) if gate is None else gate.float()
+    return torch.stack((lse, delta, gate, torch.zeros_like(lse)), dim=-1)
+
+
+def selected_backward(do, q, k, v, block_indices, stats, select_block_size, scale, layout, *, dq=None):
     """Backward pass.
 
     Args:
-        do: Gradient of o, or with a gate of `gate · o`.
+        do: Gradient of `gate · o`.
         q, k, v, block_indices, layout, select_block_size, scale: As given to `selected_forward`.
-        lse: What it returned.
-        delta: fp32 `[B, T, HQ]`, of `row_delta` without the gate.
-        gate: `[B, T, HQ]` or None.
+        stats: Contiguous fp32 `[B, T, HQ, 4]`, of `pack_stats`.
         dq: Contiguous gradient of q by other branches, to which this one is added in place, or None.
 
     Returns:
@@ -213,10 +226,10 @@ def selected_backward(do, q, k, v, block_indices, lse, delta, select_block_size,
     if layout.leftpad is not None:  # no block holds the padding
         dk.zero_(), dv.zero_()
     q, k, v, block_indices, do, b_dq, b_dk, b_dv = map(layout.rows, (q, k, v, block_indices, do, dq, dk, dv))
-    lse, delta, gate = map(layout.row_values, (lse, delta, gate))
+    stats = stats[None] if layout.packed else stats
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
-    _launch_dq(q, k, v, block_indices, do, lse, delta, gate, b_dq, add, layout, select_block_size, scale)
+    _launch_dq(q, k, v, block_indices, do, stats, b_dq, add, layout, select_block_size, scale)
     H = k.shape[2]
     G = q.shape[2] // H
     cells = layout.B * layout.tiles(_chunk(block_indices)) * cdiv(k.shape[1], select_block_size)
@@ -224,16 +237,16 @@ def selected_backward(do, q, k, v, block_indices, lse, delta, select_block_size,
     for first in range(0, H, step):
         kv, heads = slice(first, first + step), slice(first * G, (first + step) * G)
         _launch_dkdv(
-            q[:, :, heads], k[:, :, kv], v[:, :, kv], block_indices[:, :, kv], do[:, :, heads], lse[:, :, heads],
-            delta[:, :, heads], None if gate is None else gate[:, :, heads], b_dk[:, :, kv], b_dv[:, :, kv], layout,
-            select_block_size, scale,
+            q[:, :, heads], k[:, :, kv], v[:, :, kv], block_indices[:, :, kv], do[:, :, heads], stats[:, :, heads],
+            b_dk[:, :, kv], b_dv[:, :, kv], layout, select_block_size, scale,
         )  # fmt: skip
     return dq, dk, dv
 
 
 def _backward(do, dlse, q, k, v, block_indices, o, lse, *sizes):
     do = torch.zeros_like(o) if do is None else do
-    return selected_backward(do, q, k, v, block_indices, lse, row_delta(sizes[-1], o, do, dlse), *sizes)
+    stats = pack_stats(lse, row_delta(sizes[-1], o, do, dlse))
+    return selected_backward(do, q, k, v, block_indices, stats, *sizes)
 
 
 _attention = define_attention(
@@ -250,18 +263,17 @@ _attention = define_attention(
 )
 
 
-def _launch_dq(q, k, v, block_indices, do, lse, delta, gate, dq, add, layout, select_block_size, scale):
+def _launch_dq(q, k, v, block_indices, do, stats, dq, add, layout, select_block_size, scale):
     H, n = block_indices.shape[2:]
     tile, heads = _tiles(q.shape[2] // H, n)
     blocks, words, counts = _union_lists(block_indices, k.shape[1], layout, select_block_size, tile)
     groups = cdiv(q.shape[2] // H, heads)
     config = _dq_config(q, v, select_block_size)
     _dq_kernel[(layout.tiles(tile), H * groups, layout.B)](
-        q, do, lse, delta, gate, dq, blocks, words, counts, layout.map(tile), *q.stride()[:3], *do.stride()[:3],
-        *lse.stride()[:2], *dq.stride()[:3], **describe("k", k, config["BLOCK_N"]),
+        q, do, stats, dq, blocks, words, counts, layout.map(tile), *q.stride()[:3], *do.stride()[:3],
+        *stats.stride()[:2], *dq.stride()[:3], **describe("k", k, config["BLOCK_N"]),
         **describe("v", v, config["BLOCK_N"]), **layout.where(), TK=k.shape[1], scale=scale, H=H,
-        capacity=blocks.shape[-1], TILE=tile, GT=heads, GROUPS=groups, HAS_GATE=gate is not None,
-        ADD=add, **_shape_arguments(q, k, v, select_block_size), **config,
+        capacity=blocks.shape[-1], TILE=tile, GT=heads, GROUPS=groups, ADD=add, **_shape_arguments(q, k, v, select_block_size), **config,
     )  # fmt: skip
 
 
@@ -302,7 +314,7 @@ def _query_lists(block_indices, keys, layout, select_block_size):
     return queries, bounds
 
 
-def _launch_dkdv(q, k, v, block_indices, do, lse, delta, gate, dk, dv, layout, select_block_size, scale):
+def _launch_dkdv(q, k, v, block_indices, do, stats, dk, dv, layout, select_block_size, scale):
     B, T, H, n = block_indices.shape
     queries, bounds = _query_lists(block_indices, k.shape[1], layout, select_block_size)
     split = max(_SPLIT, next_power_of_2(T) // 32)
@@ -316,10 +328,10 @@ def _launch_dkdv(q, k, v, block_indices, do, lse, delta, gate, dk, dv, layout, s
     block_map = layout.map(select_block_size)
     shapes = _shape_arguments(q, k, v, select_block_size)
     _dkdv_kernel[(parts.shape[1] * subs, H, B)](
-        q, k, v, do, lse, delta, gate, dk, dv, part_k, part_v, queries, bounds, parts, block_map, *q.stride()[:3],
-        *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *lse.stride()[:2], *dk.stride()[:3], *dv.stride()[:3],
+        q, k, v, do, stats, dk, dv, part_k, part_v, queries, bounds, parts, block_map, *q.stride()[:3],
+        *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *stats.stride()[:2], *dk.stride()[:3], *dv.stride()[:3],
         *bounds.stride(), **layout.where(), TK=k.shape[1], scale=scale, programs=parts.shape[1], slots=slots,
-        SPLIT=split, SUBS=subs, HAS_GATE=gate is not None, **shapes, **config,
+        SPLIT=split, SUBS=subs, **shapes, **config,
     )  # fmt: skip
     if slots:
         names = ("L", "D", "D1", "D2", "DV", "DV1", "DV2")
@@ -591,11 +603,11 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "TK", "q_offset", "capacity", "k_batch", "k_head", "v_batch", "v_head"])
 def _dq_kernel(
-    q_ptr, do_ptr, lse_ptr, delta_ptr, gate_ptr, dq_ptr, blocks_ptr, words_ptr, counts_ptr, map_ptr, stride_qb,
-    stride_qt, stride_qh, stride_dob, stride_dot, stride_doh, stride_lb, stride_lt, stride_dqb, stride_dqt, stride_dqh,
+    q_ptr, do_ptr, stats_ptr, dq_ptr, blocks_ptr, words_ptr, counts_ptr, map_ptr, stride_qb, stride_qt, stride_qh,
+    stride_dob, stride_dot, stride_doh, stride_sb, stride_st, stride_dqb, stride_dqt, stride_dqh,
     k_desc, k_desc2, k_batch, k_head, k_column, v_desc, v_desc2, v_batch, v_head, v_column, cu_ptr, leftpad_ptr, T,
     q_offset, PACKED: tl.constexpr, LEFTPAD: tl.constexpr, TK, scale, H, capacity, TILE: tl.constexpr,
-    GT: tl.constexpr, GROUPS: tl.constexpr, HAS_GATE: tl.constexpr, ADD: tl.constexpr, G: tl.constexpr,
+    GT: tl.constexpr, GROUPS: tl.constexpr, ADD: tl.constexpr, G: tl.constexpr,
     L: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr,
     DV2: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -617,13 +629,10 @@ def _dq_kernel(
     q_1, q_2 = load_pair(q_ptr + i_b * stride_qb + t * stride_qt + i_head * stride_qh, used, D, D1, D2, True)
     do_ptrs = do_ptr + i_b * stride_dob + t * stride_dot + i_head * stride_doh
     do_1, do_2 = load_pair(do_ptrs, used, DV, DV1, DV2, True)
-    row = i_b * stride_lb + t * stride_lt + i_head
-    lse = tl.load(lse_ptr + row, mask=used, other=float("inf"))
-    lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)  # a row without a key: every p is 0
-    delta = tl.load(delta_ptr + row, mask=used, other=0.0)
-    gate = delta
-    if HAS_GATE:
-        gate = tl.load(gate_ptr + row, mask=used, other=0.0)
+    stats_ptr += i_b * stride_sb + t * stride_st + i_head * 4
+    lse_log2 = tl.load(stats_ptr, mask=used, other=float("inf"))
+    delta = tl.load(stats_ptr + 1, mask=used, other=0.0)
+    gate = tl.load(stats_ptr + 2, mask=used, other=0.0)
     k_row, k_col = (i_b * k_batch + i_h * k_head + row0 + pad).to(tl.int32), i_h * k_column
     v_row, v_col = (i_b * v_batch + i_h * v_head + row0 + pad).to(tl.int32), i_h * v_column
     i_list = (i_b * H + i_h) * tl.num_programs(0) + i_tile
@@ -644,7 +653,7 @@ def _dq_kernel(
         )  # fmt: skip
         acc_1, acc_2 = add_dq(
             acc_1, acc_2, q_1, q_2, do_1, do_2, k_1, k_2, v_1, v_2, visible, tl.where(chosen, lse_log2, float("inf")),
-            delta, gate, scale_log2, D2, DV2, HAS_GATE, L % BLOCK_N != 0, PRECISION,
+            delta, gate, scale_log2, D2, DV2, True, L % BLOCK_N != 0, PRECISION,
         )  # fmt: skip
     for u in range(whole, count * SUBS):
         k_1, k_2, v_1, v_2, chosen, visible, word = _next_block(
@@ -653,7 +662,7 @@ def _dq_kernel(
         )  # fmt: skip
         acc_1, acc_2 = add_dq(
             acc_1, acc_2, q_1, q_2, do_1, do_2, k_1, k_2, v_1, v_2, visible, tl.where(chosen, lse_log2, float("inf")),
-            delta, gate, scale_log2, D2, DV2, HAS_GATE, True, PRECISION,
+            delta, gate, scale_log2, D2, DV2, True, True, PRECISION,
         )  # fmt: skip
     acc_1 *= scale
     if D2 > 0:
@@ -672,45 +681,43 @@ def _dq_kernel(
 
 @triton.jit
 def _dkdv_step(
-    r, row_end, queries_ptr, key, pos0, k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2, q_ptr, do_ptr, lse_ptr, delta_ptr,
-    gate_ptr, stride_qt, stride_qh, stride_dot, stride_doh, stride_lt, scale_log2, G: tl.constexpr, D: tl.constexpr,
-    D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, HAS_GATE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+    r, row_end, queries_ptr, key, k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2, q_ptr, do_ptr, stats_ptr, stride_qt,
+    stride_qh, stride_dot, stride_doh, stride_st, scale_log2, G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Add the rows `r … r + BLOCK_M - 1` (entry · G + head) of a query list to dk and dv."""
+    """Add the rows `r … r + BLOCK_M - 1` (entry · G + head) of a query list to dk and dv.
+
+    Args:
+        key: `[N]`, keys as the list counts queries.
+    """
     row = r + tl.arange(0, BLOCK_M)
     used = row < row_end
-    row = tl.minimum(row, row_end - 1)  # rows behind the end repeat the last one, with p = 0
-    query = tl.load(queries_ptr + row // G)
+    query = tl.load(queries_ptr + row // G, mask=used, other=0)
     head = row % G
     t = query.to(tl.int64)
     q_1, q_2 = load_pair(q_ptr + t * stride_qt + head * stride_qh, used, D, D1, D2, False)
     do_1, do_2 = load_pair(do_ptr + t * stride_dot + head * stride_doh, used, DV, DV1, DV2, False)
-    stat = query * stride_lt + head  # int32 and one for all: a register per column
-    lse_log2 = tl.load(lse_ptr + stat, mask=used, other=float("inf")) * LOG2E
-    delta = tl.load(delta_ptr + stat)
-    gate = delta
-    if HAS_GATE:
-        gate = tl.load(gate_ptr + stat)
-    visible = used[None, :]
-    if MASKED:
-        visible = key[:, None] <= (pos0 + query)[None, :]
+    stat = query * stride_st + head * 4  # int32: a register per column
+    lse_log2 = tl.load(stats_ptr + stat)
+    delta = tl.load(stats_ptr + stat + 1)
+    gate = tl.load(stats_ptr + stat + 2)
+    visible = key[:, None] <= tl.where(used, query, -(2**30))[None, :]
     return add_dkdv(
         dk_1, dk_2, dv_1, dv_2, k_1, k_2, v_1, v_2, q_1, q_2, do_1, do_2, visible, lse_log2, delta, gate, scale_log2,
-        D2, DV2, HAS_GATE, MASKED, PRECISION,
+        D2, DV2, True, True, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "TK", "q_offset", "programs", "slots", "SPLIT"])
 def _dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gate_ptr, dk_ptr, dv_ptr, part_k_ptr, part_v_ptr, queries_ptr,
-    bounds_ptr, parts_ptr, map_ptr, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb,
-    stride_vt, stride_vh, stride_dob, stride_dot, stride_doh, stride_lb, stride_lt, stride_dkb, stride_dkt, stride_dkh,
+    q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, dk_ptr, dv_ptr, part_k_ptr, part_v_ptr, queries_ptr, bounds_ptr,
+    parts_ptr, map_ptr, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb,
+    stride_vt, stride_vh, stride_dob, stride_dot, stride_doh, stride_sb, stride_st, stride_dkb, stride_dkt, stride_dkh,
     stride_dvb, stride_dvt, stride_dvh, stride_cr, stride_cb, cu_ptr, leftpad_ptr, T, q_offset, PACKED: tl.constexpr,
-    LEFTPAD: tl.constexpr, TK, scale, programs, slots, SPLIT, SUBS: tl.constexpr, HAS_GATE: tl.constexpr,
+    LEFTPAD: tl.constexpr, TK, scale, programs, slots, SPLIT, SUBS: tl.constexpr,
     G: tl.constexpr, L: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr,
     DV1: tl.constexpr, DV2: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys from at most SPLIT queries of its block's list: final, or one part of a long list.
 
@@ -742,31 +749,20 @@ def _dkdv_kernel(
     v_1, v_2 = load_pair(v_ptr + i_b * stride_vb + i_h * stride_vh + t_key * stride_vt, inside, DV, DV1, DV2, True)
     q_ptr += i_b * stride_qb + row0 * stride_qt + i_h * G * stride_qh
     do_ptr += i_b * stride_dob + row0 * stride_dot + i_h * G * stride_doh
-    stat = i_b * stride_lb + row0 * stride_lt + i_h * G
-    lse_ptr += stat
-    delta_ptr += stat
-    if HAS_GATE:
-        gate_ptr += stat
+    stats_ptr += i_b * stride_sb + row0 * stride_st + i_h * G * 4
     queries_ptr += first + begin
 
     scale_log2 = scale * LOG2E
     dk_1, dk_2 = empty_pair(BLOCK_N, D1, D2)
     dv_1, dv_2 = empty_pair(BLOCK_N, DV1, DV2)
     row_end = tl.minimum(length - begin, SPLIT) * G
-    # only queries inside the block see a part of it; they are the first of its list, at most L
-    masked_end = tl.where(begin == 0, tl.minimum(row_end, L * G), 0)
-    masked_end = tl.cdiv(masked_end, BLOCK_M) * BLOCK_M
-    for r in tl.range(0, masked_end, BLOCK_M, num_stages=EDGE_STAGES):
+    # One loop with a mask, though only queries inside the block, the first of its list, see a part of it: between two
+    # loops ptxas would run the products one by one.
+    for r in range(0, row_end, BLOCK_M):
         dk_1, dk_2, dv_1, dv_2 = _dkdv_step(
-            r, row_end, queries_ptr, key, pos0, k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2, q_ptr, do_ptr, lse_ptr,
-            delta_ptr, gate_ptr, stride_qt, stride_qh, stride_dot, stride_doh, stride_lt, scale_log2,
-            G, D, D1, D2, DV, DV1, DV2, HAS_GATE, PRECISION, BLOCK_M, True,
-        )  # fmt: skip
-    for r in range(masked_end, row_end, BLOCK_M):
-        dk_1, dk_2, dv_1, dv_2 = _dkdv_step(
-            r, row_end, queries_ptr, key, pos0, k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2, q_ptr, do_ptr, lse_ptr,
-            delta_ptr, gate_ptr, stride_qt, stride_qh, stride_dot, stride_doh, stride_lt, scale_log2,
-            G, D, D1, D2, DV, DV1, DV2, HAS_GATE, PRECISION, BLOCK_M, False,
+            r, row_end, queries_ptr, key - pos0, k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2, q_ptr, do_ptr, stats_ptr,
+            stride_qt, stride_qh, stride_dot, stride_doh, stride_st, scale_log2, G, D, D1, D2, DV, DV1, DV2,
+            PRECISION, BLOCK_M,
         )  # fmt: skip
     dk_1 *= scale
     if D2 > 0:
