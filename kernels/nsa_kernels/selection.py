@@ -105,7 +105,8 @@ def chosen_blocks(
 
     config = _score_config(q.shape[-1], q.dtype)
     rows = 32 if interpreted() else 1  # one row a warp is fastest on a GPU, many at once in the interpreter
-    fold = fold_sizes(compress_block_size, compress_stride, select_block_size)
+    narrowest = 64 if q.dtype == torch.float32 and q.shape[-1] > 128 else 128  # what shared memory holds
+    fold = fold_sizes(compress_block_size, compress_stride, select_block_size, narrowest)
     tile = config["BLOCK_M"]
     row_tiles = layout.tiles(tile)
     tiles = layout.B * row_tiles
@@ -251,7 +252,9 @@ def _score_kernel(
     mask_m = offs_m < rows - start
     offs_key = (j0 + offs_c // COLUMNS) * RATIO + offs_c % COLUMNS
     mask_key = (offs_key >= 0) & (offs_key < blocks) & (offs_c % COLUMNS < RATIO)
-    if RATIO == COLUMNS:  # the rows lie together; what they hold outside the sequence is masked below
+    # Rows that lie together are copied in bulk; what they hold outside the sequence is masked below, but what follows a
+    # head of fewer dims than the tiles must not meet its like in q.
+    if RATIO == COLUMNS and D == D1 + D2:
         k_row = (i_b * k_batch + i_head * k_head + block0 + j0 * RATIO).to(tl.int32)
         k_1, k_2 = load_tile(k_desc, k_desc2, k_row, i_head * k_column, D1, D2)
     else:

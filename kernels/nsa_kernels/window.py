@@ -486,22 +486,24 @@ def _dkdv_kernel(
     whole = tl.maximum(tl.maximum(seen - first, 0) // BLOCK_M - front, 0)
     whole = tl.where(first_key < 0, 0, whole)
     edge = total - whole
+    # compilers take a divisor for anything but 0, and the loops below for loops that run
+    per_edge, per_whole = tl.maximum(edge, 1), tl.maximum(whole, 1)
 
     scale_log2 = scale * LOG2E
     dk_1, dk_2 = empty_pair(BLOCK_N, D1, D2)
     dv_1, dv_2 = empty_pair(BLOCK_N, DV1, DV2)
     for i in tl.range(0, G * edge, num_stages=EDGE_STAGES):
-        tile = i % edge
+        tile = i % per_edge
         tile = tl.where(tile < front, tile, tile + whole)
         dk_1, dk_2, dv_1, dv_2 = _dkdv_step(
-            first + tile * BLOCK_M, end, i_h * G + i // edge, key, pos0, W, k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2,
+            first + tile * BLOCK_M, end, i_h * G + i // per_edge, key, pos0, W, k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2,
             q_desc, q_desc2, q_row, q_head, q_column, do_desc, do_desc2, do_row, do_head, do_column, lse_ptr, delta_ptr,
             gate_ptr, stride_lt, stride_lh, scale_log2, D1, D2, DV1, DV2, HAS_GATE, PRECISION,
             BLOCK_M, True,
         )  # fmt: skip
     for i in range(0, G * whole):
         dk_1, dk_2, dv_1, dv_2 = _dkdv_step(
-            first + (front + i % whole) * BLOCK_M, end, i_h * G + i // whole, key, pos0, W, k_1, k_2, v_1, v_2, dk_1,
+            first + (front + i % per_whole) * BLOCK_M, end, i_h * G + i // per_whole, key, pos0, W, k_1, k_2, v_1, v_2, dk_1,
             dk_2, dv_1, dv_2, q_desc, q_desc2, q_row, q_head, q_column, do_desc, do_desc2, do_row, do_head, do_column,
             lse_ptr, delta_ptr, gate_ptr, stride_lt, stride_lh, scale_log2, D1, D2, DV1, DV2, HAS_GATE, PRECISION,
             BLOCK_M, False,
