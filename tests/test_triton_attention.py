@@ -198,4 +198,5 @@ torch.autograd.grad(o, (*inputs, *gates), torch.empty_like(o))
     assert len(launches) > 12
     for launch in launches:
         assert launch["spills"] == 0, launch
+        assert not launch["serialized"], launch
         assert launch["shared"] <= sm90.MAX_SHARED, launch

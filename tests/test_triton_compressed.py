@@ -221,7 +221,7 @@ def test_compiles_for_sm90_without_spills(dims):
         "map_ptr": None, "cu_ptr": None, "cu_k_ptr": None, "leftpad_ptr": None, "stride_lt": 1,
         **{f"{name}{i + 1}": pair[i] for name, pair in tiles.items() for i in range(2)},
     }  # fmt: skip
-    backward = {**constants, "stride_dt": 1}
+    backward = {**constants, "HAS_GATE": True}
 
     def job(kernel, pointers, statistics, constants, config, described, rows):
         config, constants, descriptors = dict(config), dict(constants), {}
@@ -241,7 +241,7 @@ def test_compiles_for_sm90_without_spills(dims):
         }
 
     forward, backward_q = (compressed._row_config(D, DV, torch.bfloat16, backward=x) for x in (False, True))
-    saved = ("lse_ptr", "delta_ptr")
+    saved = ("lse_ptr", "delta_ptr", "gate_ptr")
     jobs = [
         job("_forward_kernel", ("q_ptr", "o_ptr"), saved[:1], constants, forward, "kv", "BLOCK_N"),
         job("_backward_q_kernel", ("q_ptr", "do_ptr", "dq_ptr"), saved, backward, backward_q, "kv", "BLOCK_N"),
@@ -254,4 +254,5 @@ def test_compiles_for_sm90_without_spills(dims):
     for made, result in zip(jobs, compile_all("nsa_kernels.compressed", jobs), strict=True):
         assert result["spills"] == 0, (made, result)
         assert result["wgmma"], (made, result)
+        assert not result["serialized"], (made, result)
         assert result["shared"] <= MAX_SHARED, (made, result)

@@ -220,6 +220,7 @@ selected_backward(o, q, k, v, indices, pack_stats(lse, lse), 64, 0.1, Layout(q))
     assert {"_forward_kernel", "_dq_kernel", "_dkdv_kernel"} <= {launch["kernel"] for launch in launches}
     for launch in launches:
         assert launch["spills"] == 0, launch
+        assert not launch["serialized"], launch
         assert launch["shared"] <= MAX_SHARED, launch
         assert launch["wgmma"] == (launch["kernel"] in ("_forward_kernel", "_dq_kernel", "_dkdv_kernel")), launch
 

@@ -15,7 +15,7 @@ from .library import define_attention
 from .reference import unroll
 from .selected import selected_backward, selected_forward
 from .selection import chosen_blocks, empty_choice
-from .triton_common import LOG2E, cdiv, check_inputs, empty_values, load_pair, next_power_of_2, store_pair
+from .triton_common import LOG2E, cdiv, check_inputs, empty_values, load_pair, next_power_of_2
 from .window import window_backward, window_forward
 
 __all__ = ["nsa_attention"]
@@ -92,16 +92,13 @@ def _backward(
     compress_block_size, compress_stride, select_block_size, num_selected_blocks, num_initial_blocks, num_local_blocks,
     window_size, scale, layout,
 ):  # fmt: skip
-    do_cmp, delta_cmp, stats_slc, delta_win, gate_win, dgates = _prepare(
+    (delta_cmp, gate_cmp), stats_slc, (delta_win, gate_win), dgates = _prepare(
         do, (o_cmp, o_slc, o_win), (g_cmp, g_slc, g_win), lse_slc, layout
     )
     dq, dk_cmp, dv_cmp = compressed_backward(
-        do_cmp, q, k_cmp, v_cmp, lse_cmp, delta_cmp, compress_block_size, compress_stride, scale, layout
+        do, q, k_cmp, v_cmp, lse_cmp, delta_cmp, compress_block_size, compress_stride, scale, layout, gate=gate_cmp
     )
-    del do_cmp  # as large as q
-    dq, dk, dv = selected_backward(
-        do, q, k, v, block_indices, stats_slc, select_block_size, scale, layout, dq=dq
-    )
+    dq, dk, dv = selected_backward(do, q, k, v, block_indices, stats_slc, select_block_size, scale, layout, dq=dq)
     dq, dk_win, dv_win = window_backward(
         do, q, k_win, v_win, lse_win, delta_win, window_size, scale, layout, gate=gate_win, dq=dq
     )
@@ -138,15 +135,13 @@ def _prepare(do, outputs, gates, lse_slc, layout):
         lse_slc: Contiguous fp32 `[B, T, HQ]`.
 
     Returns:
-        do_cmp: g_cmp · do, for the one kernel that has no registers left for a gate.
-        delta_cmp: fp32 `[B, T, HQ]`, Σ o_cmp · do_cmp.
+        delta_cmp, gate_cmp: fp32 `[B, T, HQ]`, Σ o_cmp · do, and g_cmp as the kernels read it.
         stats_slc: `pack_stats` of the selected branch.
-        delta_win, gate_win: fp32 `[B, T, HQ]`, Σ o_win · do, and g_win as the kernels read it.
+        delta_win, gate_win: Like the first.
         dgates: Σ o · do in the dtypes of the gates.
     """
     shape, device = gates[0].shape, do.device
-    do_cmp = torch.empty_like(outputs[0])
-    delta_cmp, delta_win, gate_win = (empty_values(shape, device, by_head=True) for _ in range(3))
+    sides = [[empty_values(shape, device, by_head=True) for _ in range(2)] for _ in range(2)]
     stats = torch.empty(*shape, 4, dtype=torch.float32, device=device)
     dgates = [torch.empty_like(g, memory_format=torch.contiguous_format) for g in gates]
     do = layout.rows(do)
@@ -154,21 +149,21 @@ def _prepare(do, outputs, gates, lse_slc, layout):
     tile = 16
     if do.numel():
         _prepare_kernel[(cdiv(T * HQ, tile), B)](
-            do, *outputs, *gates, lse_slc, do_cmp, delta_cmp, stats, delta_win, gate_win, *dgates, *do.stride()[:3],
+            do, *outputs, *gates, lse_slc, *sides[0], stats, *sides[1], *dgates, *do.stride()[:3],
             *(stride for g in gates for stride in layout.rows(g[..., None]).stride()[:3]),
             T, HQ, DV, TILE=tile, BLOCK=next_power_of_2(DV), num_warps=4,
         )  # fmt: skip
-    return do_cmp, delta_cmp, stats, delta_win, gate_win, dgates
+    return sides[0], stats, sides[1], dgates
 
 
 @triton.jit(do_not_specialize=["T"])
 def _prepare_kernel(
-    do_ptr, o_cmp_ptr, o_slc_ptr, o_win_ptr, g_cmp_ptr, g_slc_ptr, g_win_ptr, lse_slc_ptr, do_cmp_ptr, delta_cmp_ptr,
+    do_ptr, o_cmp_ptr, o_slc_ptr, o_win_ptr, g_cmp_ptr, g_slc_ptr, g_win_ptr, lse_slc_ptr, delta_cmp_ptr, gate_cmp_ptr,
     stats_ptr, delta_win_ptr, gate_win_ptr, dg_cmp_ptr, dg_slc_ptr, dg_win_ptr, stride_dob, stride_dot, stride_doh,
     stride_gcb, stride_gct, stride_gch, stride_gsb, stride_gst, stride_gsh, stride_gwb, stride_gwt, stride_gwh, T, HQ,
     DV: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """See `_prepare`. Outputs are contiguous; `delta_cmp`, `delta_win` and `gate_win` lie by head.
+    """See `_prepare`. Outputs are contiguous; deltas and gates of `cmp` and `win` lie by head.
 
     Grid: (cdiv(T * HQ, TILE), B)
     """
@@ -185,11 +180,11 @@ def _prepare_kernel(
     g_win = tl.load(g_win_ptr + i_b * stride_gwb + t * stride_gwt + h * stride_gwh, mask=mask, other=0.0)
     g_cmp, g_slc, g_win = g_cmp.to(tl.float32), g_slc.to(tl.float32), g_win.to(tl.float32)
 
-    store_pair(do_cmp_ptr + by_token * DV, do * g_cmp[:, None], do, mask, DV, BLOCK, 0)
     dg_cmp = _dot_rows(o_cmp_ptr + by_token * DV, do, mask, DV, BLOCK)
     dg_slc = _dot_rows(o_slc_ptr + by_token * DV, do, mask, DV, BLOCK)
     dg_win = _dot_rows(o_win_ptr + by_token * DV, do, mask, DV, BLOCK)
-    tl.store(delta_cmp_ptr + by_head, g_cmp * dg_cmp, mask=mask)
+    tl.store(delta_cmp_ptr + by_head, dg_cmp, mask=mask)
+    tl.store(gate_cmp_ptr + by_head, g_cmp, mask=mask)
     lse = tl.load(lse_slc_ptr + by_token, mask=mask, other=0.0)
     tl.store(stats_ptr + by_token * 4, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), mask=mask)
     tl.store(stats_ptr + by_token * 4 + 1, dg_slc, mask=mask)

@@ -16,7 +16,7 @@ from .reference import compressed_cu_seqlens
 from .triton_common import (
     LOG2E,
     NEGATIVE,
-    TRITON_VERSION,
+    add_dq,
     add_product,
     cdiv,
     check_inputs,
@@ -42,7 +42,7 @@ __all__ = ["compressed_attention", "compressed_backward", "compressed_forward"]
 
 # Arguments that change with the number of tokens: a kernel is not compiled anew for each kind of value.
 _VARYING = [
-    "T", "C", "q_offset", "tiles", "stride_lb", "stride_lh", "stride_db", "stride_dh",
+    "T", "C", "q_offset", "tiles", "stride_lb", "stride_lh",
     *(f"{name}_{step}" for name in ("q", "k", "v", "do") for step in ("batch", "head")),
 ]  # fmt: skip
 
@@ -106,14 +106,15 @@ def compressed_forward(q, k_cmp, v_cmp, compress_block_size, compress_stride, sc
 
 
 def compressed_backward(
-    do, q, k_cmp, v_cmp, lse, delta, compress_block_size, compress_stride, scale, layout
+    do, q, k_cmp, v_cmp, lse, delta, compress_block_size, compress_stride, scale, layout, *, gate=None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `compressed_attention`.
 
     Args:
-        do: `[B, T, HQ, DV]`, gradient of o_cmp.
+        do: `[B, T, HQ, DV]`, gradient of o_cmp, or with a gate of `gate · o_cmp`.
         lse: `[B, T, HQ]`, of the forward pass.
-        delta: fp32 `[B, T, HQ]`, as of `row_delta`; its values of a head best lie side by side.
+        delta: fp32 `[B, T, HQ]`, of `row_delta` by head, without the gate.
+        gate: `[B, T, HQ]` or None.
 
     Returns:
         dq, dk_cmp, dv_cmp in the shapes and dtypes of q, k_cmp, v_cmp.
@@ -121,14 +122,11 @@ def compressed_backward(
     HQ, D, DV, G = *q.shape[-2:], v_cmp.shape[-1], q.shape[-2] // k_cmp.shape[-2]
     (dq,) = like(q)
     q, k, v, do, dq_rows = (layout.rows(x) for x in (q, k_cmp, v_cmp, do, dq))
-    lse, delta = map(layout.head_values, (lse, delta))
+    lse, delta, gate = map(layout.head_values, (lse, delta, gate))
     B, C = k.shape[:2]
     cu_k = cu_blocks(layout, compress_block_size, compress_stride)
-    stats = {
-        f"stride_{name}{dim}": stride
-        for name, x in (("l", lse), ("d", delta))
-        for dim, stride in zip("bth", x.stride(), strict=True)
-    }
+    stats = {f"stride_l{dim}": stride for dim, stride in zip("bth", lse.stride(), strict=True)}
+    stats["HAS_GATE"] = gate is not None
     shapes = _shapes(q, k, v, compress_block_size, compress_stride)
     dk_cmp, dv_cmp = like(k_cmp, v_cmp)
     if not k.numel() or not dq.numel():
@@ -136,7 +134,7 @@ def compressed_backward(
     config = _row_config(D, DV, q.dtype, backward=True)
     tiles = layout.tiles(config["BLOCK_M"])
     _backward_q_kernel[(HQ, tiles, B)](
-        q, do, dq_rows, lse, delta, *strides(q, do, dq_rows),
+        q, do, dq_rows, lse, delta, gate, *strides(q, do, dq_rows),
         **describe("k", k, config["BLOCK_N"]), **describe("v", v, config["BLOCK_N"]), **stats,
         map_ptr=layout.map(config["BLOCK_M"]), cu_k_ptr=cu_k, **layout.where(),
         C=C, scale=scale, tiles=tiles, **shapes, **config,
@@ -151,7 +149,7 @@ def compressed_backward(
     map_ptr = tile_map(cu_k, tile, C) if layout.packed else None
     for want_dk, want_dv in ((True, True),) if together else ((True, False), (False, True)):
         _backward_kv_kernel[(HQ, tiles, B)](
-            k, v, part_k, part_v, lse, delta, *strides(k, v),
+            k, v, part_k, part_v, lse, delta, gate, *strides(k, v),
             **describe("q", q, config["BLOCK_M"]), **describe("do", do, config["BLOCK_M"]), **stats,
             map_ptr=map_ptr, cu_k_ptr=cu_k, **layout.where(), C=C, scale=scale,
             WANT_DK=want_dk, WANT_DV=want_dv, **shapes, **config,
@@ -336,33 +334,30 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_q_step(
-    q_1, q_2, do_1, do_2, dq_1, dq_2, lse, delta, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col,
+    q_1, q_2, do_1, do_2, dq_1, dq_2, lse, delta, gate, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col,
     start, offs_n, n_visible, scale_log2, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
-    MASK: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_GATE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of compressed blocks, still without the factor `scale`."""
     offs_key = start + offs_n
     k_1, k_2 = load_tile(k_desc, k_desc2, k_row + start, k_col, D1, D2)
     v_1, v_2 = load_tile(v_desc, v_desc2, v_row + start, v_col, DV1, DV2)
-    s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
-    dp = dot_pair(do_1, do_2, v_1, v_2, DV2, PRECISION)
-    p = tl.exp2(s * scale_log2 - lse[:, None])
-    if MASK:
-        p = tl.where(offs_key[None, :] < n_visible[:, None], p, 0.0)
-    ds = p * (dp - delta[:, None])
-    return add_product(dq_1, dq_2, ds.to(k_1.dtype), k_1, k_2, D2, PRECISION)
+    return add_dq(
+        dq_1, dq_2, q_1, q_2, do_1, do_2, k_1, k_2, v_1, v_2, offs_key[None, :] < n_visible[:, None], lse, delta, gate,
+        scale_log2, D2, DV2, HAS_GATE, MASK, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def _backward_q_kernel(
-    q_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr,
+    q_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, gate_ptr,
     stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh,
     k_desc, k_desc2, k_batch, k_head, k_column, v_desc, v_desc2, v_batch, v_head, v_column,
-    stride_lb, stride_lt, stride_lh, stride_db, stride_dt, stride_dh,
+    stride_lb, stride_lt, stride_lh,
     map_ptr, cu_ptr, cu_k_ptr, leftpad_ptr, T, C, q_offset, scale, tiles,
     G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
-    PACKED: tl.constexpr, LEFTPAD: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, LEFTPAD: tl.constexpr, HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries of one head.
@@ -390,10 +385,12 @@ def _backward_q_kernel(
     do_ptrs = do_ptr + i_b * stride_ob + i_head * stride_oh + offs_row * stride_ot
     q_1, q_2 = load_pair(q_ptrs, mask_m, D, D1, D2, True)
     do_1, do_2 = load_pair(do_ptrs, mask_m, DV, DV1, DV2, True)
-    lse_ptrs = lse_ptr + i_b * stride_lb + i_head * stride_lh + offs_row * stride_lt
-    lse = tl.load(lse_ptrs, mask=mask_m, other=0.0) * LOG2E
-    delta_ptrs = delta_ptr + i_b * stride_db + i_head * stride_dh + offs_row * stride_dt
-    delta = tl.load(delta_ptrs, mask=mask_m, other=0.0)
+    stat = i_b * stride_lb + i_head * stride_lh + offs_row * stride_lt
+    lse = tl.load(lse_ptr + stat, mask=mask_m, other=0.0) * LOG2E
+    delta = tl.load(delta_ptr + stat, mask=mask_m, other=0.0)
+    gate = delta
+    if HAS_GATE:
+        gate = tl.load(gate_ptr + stat, mask=mask_m, other=0.0)
     k_row, k_col = ((i_b * k_batch + i_head // G * k_head + block0).to(tl.int32), (i_head // G * k_column).to(tl.int32))
     v_row, v_col = ((i_b * v_batch + i_head // G * v_head + block0).to(tl.int32), (i_head // G * v_column).to(tl.int32))
 
@@ -401,13 +398,13 @@ def _backward_q_kernel(
     scale_log2 = scale * LOG2E
     for i in range(0, n_all, BLOCK_N):
         dq_1, dq_2 = _backward_q_step(
-            q_1, q_2, do_1, do_2, dq_1, dq_2, lse, delta, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row,
-            v_col, i, offs_n, n_visible, scale_log2, D1, D2, DV1, DV2, False, PRECISION,
+            q_1, q_2, do_1, do_2, dq_1, dq_2, lse, delta, gate, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
+            v_row, v_col, i, offs_n, n_visible, scale_log2, D1, D2, DV1, DV2, HAS_GATE, False, PRECISION,
         )  # fmt: skip
     for i in range(n_all, n_any, BLOCK_N):
         dq_1, dq_2 = _backward_q_step(
-            q_1, q_2, do_1, do_2, dq_1, dq_2, lse, delta, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row,
-            v_col, i, offs_n, n_visible, scale_log2, D1, D2, DV1, DV2, True, PRECISION,
+            q_1, q_2, do_1, do_2, dq_1, dq_2, lse, delta, gate, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
+            v_row, v_col, i, offs_n, n_visible, scale_log2, D1, D2, DV1, DV2, HAS_GATE, True, PRECISION,
         )  # fmt: skip
     if D2 > 0:
         dq_2 *= scale
@@ -418,8 +415,8 @@ def _backward_q_kernel(
 @triton.jit
 def _backward_kv_step(
     k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2, q_desc, q_desc2, q_row, q_col, do_desc, do_desc2, do_row, do_col,
-    lse_ptr, delta_ptr, stride_lt, stride_dt, start, offs_m, rows, unseen, seeing, scale_log2,
-    D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
+    lse_ptr, delta_ptr, gate_ptr, stride_lt, start, offs_m, rows, unseen, seeing, scale_log2,
+    D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, HAS_GATE: tl.constexpr,
     WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk (still without the factor `scale`) and dv of one tile of queries.
@@ -430,12 +427,15 @@ def _backward_kv_step(
     q_1, q_2 = load_tile(q_desc, q_desc2, q_row + start, q_col, D1, D2)
     do_1, do_2 = load_tile(do_desc, do_desc2, do_row + start, do_col, DV1, DV2)
     mask_m = offs_m < rows - start
-    lse = tl.load(lse_ptr + start * stride_lt + offs_m * stride_lt, mask=mask_m, other=0.0) * LOG2E
-    delta = tl.load(delta_ptr + start * stride_dt + offs_m * stride_dt, mask=mask_m, other=0.0)
+    stat = start * stride_lt + offs_m * stride_lt
+    lse = tl.load(lse_ptr + stat, mask=mask_m, other=0.0) * LOG2E
+    delta = tl.load(delta_ptr + stat, mask=mask_m, other=0.0)
     s = dot_pair(k_1, k_2, q_1, q_2, D2, PRECISION)
     p = tl.exp2(s * scale_log2 - lse[None, :])
     since = (start + offs_m)[None, :] - unseen[:, None]
     p = tl.where(since.to(tl.uint32, bitcast=True) < seeing[:, None].to(tl.uint32), p, 0.0)
+    if HAS_GATE:
+        p *= tl.load(gate_ptr + stat, mask=mask_m, other=0.0)[None, :]
     dp = p
     if WANT_DK:
         dp = dot_pair(v_1, v_2, do_1, do_2, DV2, PRECISION)
@@ -449,14 +449,14 @@ def _backward_kv_step(
 
 @triton.jit(do_not_specialize=_VARYING)
 def _backward_kv_kernel(
-    k_ptr, v_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr,
+    k_ptr, v_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, gate_ptr,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     q_desc, q_desc2, q_batch, q_head, q_column, do_desc, do_desc2, do_batch, do_head, do_column,
-    stride_lb, stride_lt, stride_lh, stride_db, stride_dt, stride_dh,
+    stride_lb, stride_lt, stride_lh,
     map_ptr, cu_ptr, cu_k_ptr, leftpad_ptr, T, C, q_offset, scale,
     G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
-    PACKED: tl.constexpr, LEFTPAD: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
+    PACKED: tl.constexpr, LEFTPAD: tl.constexpr, HAS_GATE: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -495,8 +495,11 @@ def _backward_kv_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     q_row, q_col = ((i_b * q_batch + i_head * q_head + row0).to(tl.int32), (i_head * q_column).to(tl.int32))
     do_row, do_col = ((i_b * do_batch + i_head * do_head + row0).to(tl.int32), (i_head * do_column).to(tl.int32))
-    lse_ptr += i_b * stride_lb + i_head * stride_lh + row0 * stride_lt
-    delta_ptr += i_b * stride_db + i_head * stride_dh + row0 * stride_dt
+    stat = i_b * stride_lb + i_head * stride_lh + row0 * stride_lt
+    lse_ptr += stat
+    delta_ptr += stat
+    if HAS_GATE:
+        gate_ptr += stat
 
     dk_1, dk_2 = empty_pair(BLOCK_N, D1, D2)
     dv_1, dv_2 = empty_pair(BLOCK_N, DV1, DV2)
@@ -505,8 +508,8 @@ def _backward_kv_kernel(
     for i in range(begin, rows, BLOCK_M):
         dk_1, dk_2, dv_1, dv_2 = _backward_kv_step(
             k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2, q_desc, q_desc2, q_row, q_col, do_desc, do_desc2, do_row,
-            do_col, lse_ptr, delta_ptr, stride_lt, stride_dt, i, offs_m, rows, unseen, seeing, scale_log2,
-            D1, D2, DV1, DV2, WANT_DK, WANT_DV, PRECISION,
+            do_col, lse_ptr, delta_ptr, gate_ptr, stride_lt, i, offs_m, rows, unseen, seeing, scale_log2,
+            D1, D2, DV1, DV2, HAS_GATE, WANT_DK, WANT_DV, PRECISION,
         )  # fmt: skip
 
     part = (i_b * tl.num_programs(0) + i_head) * C + block0 + first

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from .compressed import head_dims, strides, visible_blocks
 from .library import define
-from .selection import choose_blocks, fold_sizes, fold_tile
+from .selection import choose_blocks, fold_sizes, fold_tile, rank
 from .triton_common import (
     LOG2E,
     NEGATIVE,
@@ -51,7 +51,7 @@ _MAX_SPLITS = 128
 # Widest row of importances that the top-n holds in registers; longer rows are read again and again.
 _MAX_WIDTH = 4096
 # Importances joined at once, over the heads of a group.
-_JOINED = 4096
+_JOINED = 16384
 # Arguments that change with the number of tokens: a kernel is not compiled anew for each kind of value.
 _VARYING = ["q_offset", "T", "C", "TW", "S", "tiles", "splits", "all_splits"]
 
@@ -179,21 +179,23 @@ def _compute(
     )  # fmt: skip
     width = next((x for x in (128, 512, 1024, _MAX_WIDTH) if x >= S), _MAX_WIDTH)
     heads = next_power_of_2(G)
+    joining = max(16, min(width, _JOINED // heads))
     _merge_kernel[(T, H, B)](
         lse, imp, peak, joined, block_indices, **counts, **where, **compression, **forced, BLOCKS=select_block_size,
-        G=G, HEADS=heads, SPLITS=next_power_of_2(splits), JOINED=max(16, min(width, _JOINED // heads)),
+        G=G, HEADS=heads, SPLITS=next_power_of_2(splits), JOINED=joining,
         WIDTH=width, HELD=width >= S, WIDTH_OUT=next_power_of_2(num_selected_blocks),
-        num_warps=8 if width > 1024 else 4, enable_fp_fusion=True,
+        num_warps=max(4, min(16, heads * joining // 1024)), enable_fp_fusion=True,
     )  # fmt: skip
     _selected_kernel[(chosen_splits, T * H * single["GROUPS"], B)](
         q, k, v, block_indices, parts, lse, *strides(q, k, v), first_split=first_splits, all_splits=all_splits,
         splits=chosen_splits, **where, **shapes, **single, N=num_selected_blocks, BLOCKS=select_block_size,
         **config_single,
     )  # fmt: skip
+    parts_tile = next_power_of_2(all_splits)
     _combine_kernel[(HQ, T, B)](
         parts, lse, g_cmp, g_slc, g_win, o, *g_cmp.stride(), *g_slc.stride(), *g_win.stride(), HQ, T,
-        splits, window_splits, chosen_splits, DV=DV, SPLITS=next_power_of_2(max(splits, window_splits, chosen_splits)),
-        TILE=min(8, next_power_of_2(max(splits, window_splits, chosen_splits))), BLOCK=next_power_of_2(DV), num_warps=4,
+        splits, window_splits, all_splits, DV=DV, SPLITS=parts_tile,
+        TILE=min(parts_tile, _JOINED // 2 // next_power_of_2(DV)), BLOCK=next_power_of_2(DV), num_warps=4,
         enable_fp_fusion=True,
     )  # fmt: skip
     return o, block_indices
@@ -385,10 +387,17 @@ def _merge_kernel(
     pos0, _ = _first_position(i_b, q_offset, leftpad_ptr, stride_offset, OFFSET, LEFTPAD)
     position = pos0 + i_q
     out_row = (i_b * T + i_q) * tl.num_programs(1) + i_h
+    ALONE: tl.constexpr = HELD and JOINED >= WIDTH  # one tile holds the row: it stays in registers
+    ranks = tl.full([1, JOINED], -1, dtype=tl.int32)
+    stop = position // BLOCKS - LOCAL + 1
     if (N > INITIAL + LOCAL) & (position >= N * BLOCKS):
         head = tl.arange(0, HEADS)
         mask_head = head < G
         row = (i_b * T + i_q) * HQ + i_h * G + head
+        blocks = visible_blocks(pos0 + T - 1, C, SIZE, STRIDE)
+        known = tl.minimum(stop, _live_tiles(blocks, tiles, SIZE, STRIDE, RATIO, OUT) * OUT)
+        if ALONE:  # before the loads of lse, which take as long
+            imp, peak = _importances(imp_ptr, peak_ptr, row, mask_head, 0, known, S, tiles, OUT, JOINED)
         offs_s = tl.arange(0, SPLITS)
         mask_s = mask_head[:, None] & (offs_s < splits)[None, :]
         lse = tl.load(lse_ptr + row[:, None] * all_splits + offs_s[None, :], mask=mask_s, other=float("-inf"))
@@ -399,22 +408,31 @@ def _merge_kernel(
         whole = tl.floor(lse)  # scaling by whole powers of two keeps equals equal
         rest = tl.where(some, tl.exp2(whole - lse), 0.0)
 
-        blocks = visible_blocks(pos0 + T - 1, C, SIZE, STRIDE)
-        known = _live_tiles(blocks, tiles, SIZE, STRIDE, RATIO, OUT) * OUT
-        stop = position // BLOCKS - LOCAL + 1
-        for j0 in range(0, stop, JOINED):
-            offs_j = j0 + tl.arange(0, JOINED)
-            mask_j = mask_head[:, None] & (offs_j < tl.minimum(stop, known))[None, :]
-            imp = tl.load(imp_ptr + row[:, None] * S + offs_j[None, :], mask=mask_j, other=0.0)
-            peak = tl.load(peak_ptr + row[:, None] * tiles + (offs_j // OUT)[None, :], mask=mask_j, other=0.0)
+        if ALONE:
             imp = tl.sum(imp * tl.exp2(peak - whole[:, None]) * rest[:, None], 0)
-            tl.store(joined_ptr + out_row * S + offs_j, imp, mask=offs_j < stop)
-        tl.debug_barrier()
+            ranks = rank(imp, tl.arange(0, JOINED), stop, INITIAL)[None, :]
+        else:
+            for j0 in range(0, stop, JOINED):
+                imp, peak = _importances(imp_ptr, peak_ptr, row, mask_head, j0, known, S, tiles, OUT, JOINED)
+                imp = tl.sum(imp * tl.exp2(peak - whole[:, None]) * rest[:, None], 0)
+                offs_j = j0 + tl.arange(0, JOINED)
+                tl.store(joined_ptr + out_row * S + offs_j, imp, mask=offs_j < stop)
+            tl.debug_barrier()
     every = tl.zeros([1], dtype=tl.int64)
     choose_blocks(
-        joined_ptr + out_row * S + every, out_ptr + out_row * N + every, position + every.to(tl.int32), every == 0,
-        BLOCKS, N, INITIAL, LOCAL, 1, WIDTH, HELD, WIDTH_OUT,
+        joined_ptr + out_row * S + every, ranks, out_ptr + out_row * N + every, position + every.to(tl.int32),
+        every == 0, BLOCKS, N, INITIAL, LOCAL, 1, WIDTH, HELD, ALONE, WIDTH_OUT,
     )  # fmt: skip
+
+
+@triton.jit
+def _importances(imp_ptr, peak_ptr, row, mask_head, j0, known, S, tiles, OUT: tl.constexpr, JOINED: tl.constexpr):
+    """Importances `[HEADS, JOINED]` of blocks from `j0` on, and the peaks that they are relative to."""
+    offs_j = j0 + tl.arange(0, JOINED)
+    mask_j = mask_head[:, None] & (offs_j < known)[None, :]
+    imp = tl.load(imp_ptr + row[:, None] * S + offs_j[None, :], mask=mask_j, other=0.0)
+    peak = tl.load(peak_ptr + row[:, None] * tiles + (offs_j // OUT)[None, :], mask=mask_j, other=0.0)
+    return imp, peak
 
 
 @triton.jit(do_not_specialize=[*_VARYING, "first_split"])
@@ -465,47 +483,56 @@ def _selected_kernel(
     _store_split(o_ptr, lse_ptr, row, used, m * scale_log2, z, acc_1, acc_2, DV, DV1, DV2)
 
 
-@triton.jit(do_not_specialize=["T", "splits_cmp", "splits_win", "splits_slc"])
+@triton.jit(do_not_specialize=["T", "splits_cmp", "splits_win", "splits"])
 def _combine_kernel(
     parts_ptr, lse_ptr, g_cmp_ptr, g_slc_ptr, g_win_ptr, o_ptr,
     stride_gcb, stride_gct, stride_gch, stride_gsb, stride_gst, stride_gsh, stride_gwb, stride_gwt, stride_gwh,
-    HQ, T, splits_cmp, splits_win, splits_slc,
+    HQ, T, splits_cmp, splits_win, splits,
     DV: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Join the splits of each branch of one head of one query, and add up the gated branches.
+
+    Splits of the compressed branch come first, then those of the window, then those of the selected branch.
 
     Grid: (HQ, T, B)
     """
     i_head, i_t, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = (i_b * T + i_t) * HQ + i_head
-    first = row * (splits_cmp + splits_win + splits_slc)
+    parts_ptr += row * splits * DV
+    lse_ptr += row * splits
+    split, offs_d = tl.arange(0, TILE), tl.arange(0, BLOCK)
+    # loaded before their weights are known: what a split without a key left there is dropped below
+    mask_d = (offs_d < DV)[None, :]
+    mask = (split < splits)[:, None] & mask_d
+    part = tl.load(parts_ptr + split[:, None] * DV + offs_d[None, :], mask=mask, other=0.0)
     g_cmp = tl.load(g_cmp_ptr + i_b * stride_gcb + i_t * stride_gct + i_head * stride_gch).to(tl.float32)
     g_slc = tl.load(g_slc_ptr + i_b * stride_gsb + i_t * stride_gst + i_head * stride_gsh).to(tl.float32)
     g_win = tl.load(g_win_ptr + i_b * stride_gwb + i_t * stride_gwt + i_head * stride_gwh).to(tl.float32)
-    o = g_cmp * _join(parts_ptr, lse_ptr, first, splits_cmp, DV, SPLITS, TILE, BLOCK)
-    first += splits_cmp
-    o += g_win * _join(parts_ptr, lse_ptr, first, splits_win, DV, SPLITS, TILE, BLOCK)
-    first += splits_win
-    o += g_slc * _join(parts_ptr, lse_ptr, first, splits_slc, DV, SPLITS, TILE, BLOCK)
-    offs_d = tl.arange(0, BLOCK)
+    every = tl.arange(0, SPLITS)
+    lse = tl.load(lse_ptr + every, mask=every < splits, other=float("-inf"))
+    first_win, first_slc = splits_cmp, splits_cmp + splits_win
+    peak_cmp, g_cmp = _normalize(tl.where(every < first_win, lse, float("-inf")), g_cmp)
+    peak_win, g_win = _normalize(tl.where((every >= first_win) & (every < first_slc), lse, float("-inf")), g_win)
+    peak_slc, g_slc = _normalize(tl.where(every >= first_slc, lse, float("-inf")), g_slc)
+
+    o = tl.zeros([BLOCK], dtype=tl.float32)
+    for i in range(0, splits, TILE):
+        split = i + tl.arange(0, TILE)
+        if i > 0:
+            mask = (split < splits)[:, None] & mask_d
+            part = tl.load(parts_ptr + split[:, None] * DV + offs_d[None, :], mask=mask, other=0.0)
+        part_lse = tl.load(lse_ptr + split, mask=split < splits, other=float("-inf"))
+        peak = tl.where(split < first_win, peak_cmp, tl.where(split < first_slc, peak_win, peak_slc))
+        gate = tl.where(split < first_win, g_cmp, tl.where(split < first_slc, g_win, g_slc))
+        some = part_lse > float("-inf")
+        o += tl.sum(tl.where(some[:, None], part, 0.0) * (tl.exp2(part_lse - peak) * gate)[:, None], 0)
     tl.store(o_ptr + row * DV + offs_d, o.to(o_ptr.dtype.element_ty), mask=offs_d < DV)
 
 
 @triton.jit
-def _join(parts_ptr, lse_ptr, first, splits, DV: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
-          BLOCK: tl.constexpr):  # fmt: skip
-    """Output `[BLOCK]` of the splits `first … first + splits - 1`; 0 where none has a key."""
-    offs_s = tl.arange(0, SPLITS)
-    lse = tl.load(lse_ptr + first + offs_s, mask=offs_s < splits, other=float("-inf"))
-    highest = tl.max(lse, 0)
-    highest = tl.where(highest > float("-inf"), highest, 0.0)
-    total = tl.sum(tl.exp2(lse - highest), 0)
-    offs_d = tl.arange(0, BLOCK)
-    o = tl.zeros([BLOCK], dtype=tl.float32)
-    for i in range(0, splits, TILE):
-        split = i + tl.arange(0, TILE)
-        part_lse = tl.load(lse_ptr + first + split, mask=split < splits, other=float("-inf"))
-        mask = (part_lse > float("-inf"))[:, None] & (offs_d < DV)[None, :]
-        part = tl.load(parts_ptr + (first + split)[:, None] * DV + offs_d[None, :], mask=mask, other=0.0)
-        o += tl.sum(part * tl.exp2(part_lse - highest)[:, None], 0)
-    return o / tl.where(total == 0, 1.0, total)
+def _normalize(lse, gate):
+    """Peak of the splits of a branch, and the gate over their sum relative to it."""
+    peak = tl.max(lse, 0)
+    peak = tl.where(peak > float("-inf"), peak, 0.0)
+    total = tl.sum(tl.exp2(lse - peak), 0)
+    return peak, gate / tl.where(total == 0, 1.0, total)

@@ -44,8 +44,8 @@ from .triton_common import (
 
 __all__ = ["selected_attention", "selected_backward", "selected_forward"]
 
-# Entries of a query list that one dK/dV program takes; longer lists are split.
-_SPLIT = 2048
+# Entries of a query list that one dK/dV program takes, fewer where that keeps a GPU busy; longer lists are split.
+_SPLIT, _SHORT_SPLIT, _BUSY = 2048, 256, 2048
 # Cells of the (block, chunk) table of one call that builds query lists; more heads than fit are taken one by one.
 _MAX_CELLS = 2**28
 _NO_BLOCK = tl.constexpr(2**31 - 1)
@@ -273,7 +273,8 @@ def _launch_dq(q, k, v, block_indices, do, stats, dq, add, layout, select_block_
         q, do, stats, dq, blocks, words, counts, layout.map(tile), *q.stride()[:3], *do.stride()[:3],
         *stats.stride()[:2], *dq.stride()[:3], **describe("k", k, config["BLOCK_N"]),
         **describe("v", v, config["BLOCK_N"]), **layout.where(), TK=k.shape[1], scale=scale, H=H,
-        capacity=blocks.shape[-1], TILE=tile, GT=heads, GROUPS=groups, ADD=add, **_shape_arguments(q, k, v, select_block_size), **config,
+        capacity=blocks.shape[-1], TILE=tile, GT=heads, GROUPS=groups, ADD=add,
+        **_shape_arguments(q, k, v, select_block_size), **config,
     )  # fmt: skip
 
 
@@ -317,7 +318,8 @@ def _query_lists(block_indices, keys, layout, select_block_size):
 def _launch_dkdv(q, k, v, block_indices, do, stats, dk, dv, layout, select_block_size, scale):
     B, T, H, n = block_indices.shape
     queries, bounds = _query_lists(block_indices, k.shape[1], layout, select_block_size)
-    split = max(_SPLIT, next_power_of_2(T) // 32)
+    split = min(_SPLIT, max(_SHORT_SPLIT, next_power_of_2(B * H * T * n // _BUSY)))
+    split = max(split, next_power_of_2(T) // 32)  # bounds the memory for parts
     parts = tile_map(bounds, split, T * n)  # [B · H, programs, 2]: block, first entry
     config = _dkdv_config(q, v, select_block_size)
     subs = cdiv(select_block_size, config["BLOCK_N"])

@@ -314,11 +314,16 @@ def _fold(p, shift: tl.constexpr, RATIO: tl.constexpr, COLUMNS: tl.constexpr, OV
 
 @triton.jit
 def _ranks(imp_ptrs, start, stop, WIDTH: tl.constexpr, INITIAL: tl.constexpr):
-    """Importances of WIDTH blocks from `start` on as integers of the same order; -1 and less where no candidate is."""
-    offs_j = start + tl.arange(0, WIDTH)
-    candidate = (offs_j[None, :] >= INITIAL) & (offs_j[None, :] < stop[:, None])
-    imp = tl.load(imp_ptrs[:, None] + offs_j[None, :], mask=candidate, other=-1.0)
-    return imp.to(tl.int32, bitcast=True)
+    """`rank` of WIDTH blocks from `start` on."""
+    offs_j = (start + tl.arange(0, WIDTH))[None, :]
+    candidate = (offs_j >= INITIAL) & (offs_j < stop[:, None])
+    return rank(tl.load(imp_ptrs[:, None] + offs_j, mask=candidate, other=0.0), offs_j, stop[:, None], INITIAL)
+
+
+@triton.jit
+def rank(imp, offs_j, stop, INITIAL: tl.constexpr):
+    """Importances as integers of the same order; -1 and less where no candidate is."""
+    return tl.where((offs_j >= INITIAL) & (offs_j < stop), imp, -1.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -344,19 +349,22 @@ def _topn_kernel(
     out_ptrs = out_ptr + i_b * stride_ob + (row0 + start + offs_r) * stride_ot + i_head * stride_oh
     offs_imp = (tl.program_id(1) * TILE + offs_r).to(tl.int64) * stride_it + tl.program_id(2) * stride_ih
     choose_blocks(
-        imp_ptr + offs_imp, out_ptrs, position, mask_r, BLOCKS, N, INITIAL, LOCAL, ROWS, WIDTH, HELD, WIDTH_OUT
-    )
+        imp_ptr + offs_imp, position, out_ptrs, position, mask_r, BLOCKS, N, INITIAL, LOCAL, ROWS, WIDTH, HELD, False,
+        WIDTH_OUT,
+    )  # fmt: skip
 
 
 @triton.jit
 def choose_blocks(
-    imp_ptrs, out_ptrs, position, mask_r, BLOCKS: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr,
-    LOCAL: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HELD: tl.constexpr, WIDTH_OUT: tl.constexpr,
+    imp_ptrs, given, out_ptrs, position, mask_r, BLOCKS: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HELD: tl.constexpr, GIVEN: tl.constexpr,
+    WIDTH_OUT: tl.constexpr,
 ):  # fmt: skip
     """Store the block indices of ROWS queries: the forced blocks, and the most important ones between them.
 
     Args:
         imp_ptrs: `[ROWS]`, rows of importances, read where a query sees at least N blocks.
+        given: int32 `[ROWS, WIDTH]`, what `rank` makes of them, read instead if GIVEN.
         out_ptrs: `[ROWS]`, rows of N block indices.
         position, mask_r: `[ROWS]`, positions of the queries, and which of them exist.
         WIDTH: Importances looked at together; HELD: all that count are among the first WIDTH.
@@ -376,7 +384,9 @@ def choose_blocks(
         stop = tl.where(searched, own - LOCAL + 1, 0)
         end = tl.max(stop)
         if end > 0:
-            if HELD:
+            if GIVEN:
+                held = given
+            elif HELD:
                 held = _ranks(imp_ptrs, 0, stop, WIDTH, INITIAL)
             # at least `wanted` candidates rank `low` or higher, fewer rank `high` or higher
             low = tl.zeros([ROWS], dtype=tl.int32)

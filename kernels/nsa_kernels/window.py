@@ -496,17 +496,16 @@ def _dkdv_kernel(
         tile = i % per_edge
         tile = tl.where(tile < front, tile, tile + whole)
         dk_1, dk_2, dv_1, dv_2 = _dkdv_step(
-            first + tile * BLOCK_M, end, i_h * G + i // per_edge, key, pos0, W, k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2,
-            q_desc, q_desc2, q_row, q_head, q_column, do_desc, do_desc2, do_row, do_head, do_column, lse_ptr, delta_ptr,
-            gate_ptr, stride_lt, stride_lh, scale_log2, D1, D2, DV1, DV2, HAS_GATE, PRECISION,
-            BLOCK_M, True,
+            first + tile * BLOCK_M, end, i_h * G + i // per_edge, key, pos0, W, k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1,
+            dv_2, q_desc, q_desc2, q_row, q_head, q_column, do_desc, do_desc2, do_row, do_head, do_column, lse_ptr,
+            delta_ptr, gate_ptr, stride_lt, stride_lh, scale_log2, D1, D2, DV1, DV2, HAS_GATE, PRECISION, BLOCK_M, True,
         )  # fmt: skip
     for i in range(0, G * whole):
         dk_1, dk_2, dv_1, dv_2 = _dkdv_step(
-            first + (front + i % per_whole) * BLOCK_M, end, i_h * G + i // per_whole, key, pos0, W, k_1, k_2, v_1, v_2, dk_1,
-            dk_2, dv_1, dv_2, q_desc, q_desc2, q_row, q_head, q_column, do_desc, do_desc2, do_row, do_head, do_column,
-            lse_ptr, delta_ptr, gate_ptr, stride_lt, stride_lh, scale_log2, D1, D2, DV1, DV2, HAS_GATE, PRECISION,
-            BLOCK_M, False,
+            first + (front + i % per_whole) * BLOCK_M, end, i_h * G + i // per_whole, key, pos0, W, k_1, k_2, v_1, v_2,
+            dk_1, dk_2, dv_1, dv_2, q_desc, q_desc2, q_row, q_head, q_column, do_desc, do_desc2, do_row, do_head,
+            do_column, lse_ptr, delta_ptr, gate_ptr, stride_lt, stride_lh, scale_log2, D1, D2, DV1, DV2, HAS_GATE,
+            PRECISION, BLOCK_M, False,
         )  # fmt: skip
     dk_1 *= scale
     if D2 > 0:
