@@ -115,7 +115,9 @@ def check_blocks(inputs, chosen, sizes, where):
 
 def compare(got, inputs, chosen, sizes, where, do):
     """Blocks up to near-equals; outputs and gradients `got` within twice the error of plain PyTorch in the same dtype,
-    plus rounding of the result and of the fp32 scores from which lse is subtracted."""
+    plus rounding of the result and of the fp32 scores from which lse is subtracted. Gradients of q and k also get the
+    rounding of do · v and of the row sum taken from it, which plain PyTorch computes from the same products: where a
+    query sees one key they cancel."""
     for rows in one_by_one(inputs, chosen, sizes, where):
         check_blocks(*rows[:2], sizes, rows[2])
     results, dtype = [], inputs[0].dtype
@@ -127,6 +129,9 @@ def compare(got, inputs, chosen, sizes, where, do):
         gradients = torch.autograd.grad(o, leaves, do.to(to), allow_unused=True)
         results.append((o, *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients))))
     fp32 = torch.finfo(torch.float32).eps
+    values = max(inputs[i].detach().float().norm(dim=-1).max().item() for i in (2, 4, 6) if inputs[i].numel())
+    keys = max(inputs[i].detach().abs().max().item() for i in (0, 1, 3, 5) if inputs[i].numel())
+    cancelled = fp32 * do.float().norm(dim=-1).max().item() * values * keys * inputs[0].shape[-1] ** -0.5
     for name, x, want, plain in zip(NAMES, got, *results):
         assert x.shape == want.shape, name
         assert x.dtype == dtype, name
@@ -134,6 +139,8 @@ def compare(got, inputs, chosen, sizes, where, do):
             continue
         size = max(1.0, want.abs().max().item())
         limit = 2 * (plain.double() - want).abs().max().item() + (2 * torch.finfo(dtype).eps + 4 * fp32 * 30) * size
+        if name in ("dq", "dk", "dk_cmp", "dk_win"):
+            limit += cancelled
         off = (x.double() - want).abs().max().item()
         assert off <= limit, f"{name}: off by {off}, allowed {limit}"  # NaN fails too
 

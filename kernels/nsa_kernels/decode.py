@@ -22,7 +22,7 @@ import triton.language as tl
 
 from .compressed import head_dims, strides, visible_blocks
 from .library import define
-from .selection import choose_blocks, fold_sizes, fold_tile, rank
+from .selection import choose_blocks, fold_sizes, fold_tile
 from .triton_common import (
     LOG2E,
     NEGATIVE,
@@ -184,7 +184,7 @@ def _compute(
         lse, imp, peak, joined, block_indices, **counts, **where, **compression, **forced, BLOCKS=select_block_size,
         G=G, HEADS=heads, SPLITS=next_power_of_2(splits), JOINED=joining,
         WIDTH=width, HELD=width >= S, WIDTH_OUT=next_power_of_2(num_selected_blocks),
-        num_warps=max(4, min(16, heads * joining // 1024)), enable_fp_fusion=True,
+        num_warps=max(4, min(8, heads * joining // 1024)), enable_fp_fusion=True,
     )  # fmt: skip
     _selected_kernel[(chosen_splits, T * H * single["GROUPS"], B)](
         q, k, v, block_indices, parts, lse, *strides(q, k, v), first_split=first_splits, all_splits=all_splits,
@@ -387,17 +387,10 @@ def _merge_kernel(
     pos0, _ = _first_position(i_b, q_offset, leftpad_ptr, stride_offset, OFFSET, LEFTPAD)
     position = pos0 + i_q
     out_row = (i_b * T + i_q) * tl.num_programs(1) + i_h
-    ALONE: tl.constexpr = HELD and JOINED >= WIDTH  # one tile holds the row: it stays in registers
-    ranks = tl.full([1, JOINED], -1, dtype=tl.int32)
-    stop = position // BLOCKS - LOCAL + 1
     if (N > INITIAL + LOCAL) & (position >= N * BLOCKS):
         head = tl.arange(0, HEADS)
         mask_head = head < G
         row = (i_b * T + i_q) * HQ + i_h * G + head
-        blocks = visible_blocks(pos0 + T - 1, C, SIZE, STRIDE)
-        known = tl.minimum(stop, _live_tiles(blocks, tiles, SIZE, STRIDE, RATIO, OUT) * OUT)
-        if ALONE:  # before the loads of lse, which take as long
-            imp, peak = _importances(imp_ptr, peak_ptr, row, mask_head, 0, known, S, tiles, OUT, JOINED)
         offs_s = tl.arange(0, SPLITS)
         mask_s = mask_head[:, None] & (offs_s < splits)[None, :]
         lse = tl.load(lse_ptr + row[:, None] * all_splits + offs_s[None, :], mask=mask_s, other=float("-inf"))
@@ -408,31 +401,22 @@ def _merge_kernel(
         whole = tl.floor(lse)  # scaling by whole powers of two keeps equals equal
         rest = tl.where(some, tl.exp2(whole - lse), 0.0)
 
-        if ALONE:
+        blocks = visible_blocks(pos0 + T - 1, C, SIZE, STRIDE)
+        known = _live_tiles(blocks, tiles, SIZE, STRIDE, RATIO, OUT) * OUT
+        stop = position // BLOCKS - LOCAL + 1
+        for j0 in range(0, stop, JOINED):
+            offs_j = j0 + tl.arange(0, JOINED)
+            mask_j = mask_head[:, None] & (offs_j < tl.minimum(stop, known))[None, :]
+            imp = tl.load(imp_ptr + row[:, None] * S + offs_j[None, :], mask=mask_j, other=0.0)
+            peak = tl.load(peak_ptr + row[:, None] * tiles + (offs_j // OUT)[None, :], mask=mask_j, other=0.0)
             imp = tl.sum(imp * tl.exp2(peak - whole[:, None]) * rest[:, None], 0)
-            ranks = rank(imp, tl.arange(0, JOINED), stop, INITIAL)[None, :]
-        else:
-            for j0 in range(0, stop, JOINED):
-                imp, peak = _importances(imp_ptr, peak_ptr, row, mask_head, j0, known, S, tiles, OUT, JOINED)
-                imp = tl.sum(imp * tl.exp2(peak - whole[:, None]) * rest[:, None], 0)
-                offs_j = j0 + tl.arange(0, JOINED)
-                tl.store(joined_ptr + out_row * S + offs_j, imp, mask=offs_j < stop)
-            tl.debug_barrier()
+            tl.store(joined_ptr + out_row * S + offs_j, imp, mask=offs_j < stop)
+        tl.debug_barrier()
     every = tl.zeros([1], dtype=tl.int64)
     choose_blocks(
-        joined_ptr + out_row * S + every, ranks, out_ptr + out_row * N + every, position + every.to(tl.int32),
-        every == 0, BLOCKS, N, INITIAL, LOCAL, 1, WIDTH, HELD, ALONE, WIDTH_OUT,
+        joined_ptr + out_row * S + every, out_ptr + out_row * N + every, position + every.to(tl.int32), every == 0,
+        BLOCKS, N, INITIAL, LOCAL, 1, WIDTH, HELD, True, WIDTH_OUT,
     )  # fmt: skip
-
-
-@triton.jit
-def _importances(imp_ptr, peak_ptr, row, mask_head, j0, known, S, tiles, OUT: tl.constexpr, JOINED: tl.constexpr):
-    """Importances `[HEADS, JOINED]` of blocks from `j0` on, and the peaks that they are relative to."""
-    offs_j = j0 + tl.arange(0, JOINED)
-    mask_j = mask_head[:, None] & (offs_j < known)[None, :]
-    imp = tl.load(imp_ptr + row[:, None] * S + offs_j[None, :], mask=mask_j, other=0.0)
-    peak = tl.load(peak_ptr + row[:, None] * tiles + (offs_j // OUT)[None, :], mask=mask_j, other=0.0)
-    return imp, peak
 
 
 @triton.jit(do_not_specialize=[*_VARYING, "first_split"])

@@ -314,16 +314,40 @@ def _fold(p, shift: tl.constexpr, RATIO: tl.constexpr, COLUMNS: tl.constexpr, OV
 
 @triton.jit
 def _ranks(imp_ptrs, start, stop, WIDTH: tl.constexpr, INITIAL: tl.constexpr):
-    """`rank` of WIDTH blocks from `start` on."""
-    offs_j = (start + tl.arange(0, WIDTH))[None, :]
-    candidate = (offs_j >= INITIAL) & (offs_j < stop[:, None])
-    return rank(tl.load(imp_ptrs[:, None] + offs_j, mask=candidate, other=0.0), offs_j, stop[:, None], INITIAL)
+    """Importances of WIDTH blocks from `start` on as integers of the same order; -1 and less where no candidate is."""
+    offs_j = start + tl.arange(0, WIDTH)
+    candidate = (offs_j[None, :] >= INITIAL) & (offs_j[None, :] < stop[:, None])
+    imp = tl.load(imp_ptrs[:, None] + offs_j[None, :], mask=candidate, other=-1.0)
+    return imp.to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def rank(imp, offs_j, stop, INITIAL: tl.constexpr):
-    """Importances as integers of the same order; -1 and less where no candidate is."""
-    return tl.where((offs_j >= INITIAL) & (offs_j < stop), imp, -1.0).to(tl.int32, bitcast=True)
+def _narrow(held, low, high, wanted):
+    """Count the ranks above seven steps between `low` and `high` at once.
+
+    Returns:
+        middle: `[ROWS]`, the highest step that at least `wanted` ranks reach, else the lowest.
+        high: `[ROWS]`, the bound that comes with it.
+        count: `[ROWS]`, ranks that reach `middle`.
+    """
+    step = (high - low + 7) // 8
+    first = tl.zeros(held.shape, dtype=tl.int64)
+    second = first
+    for i in tl.static_range(4):
+        first += (held >= (low + (i + 1) * step)[:, None]).to(tl.int64) << (16 * i)
+    for i in tl.static_range(3):
+        second += (held >= (low + (i + 5) * step)[:, None]).to(tl.int64) << (16 * i)
+    first, second = tl.sum(first, 1), tl.sum(second, 1)
+    count = (first & 0xFFFF).to(tl.int32)
+    reached = tl.full(low.shape, 1, dtype=tl.int32)
+    for i in tl.static_range(1, 7):
+        packed = first if i < 4 else second
+        this = ((packed >> (16 * (i % 4))) & 0xFFFF).to(tl.int32)
+        count = tl.where(this >= wanted, this, count)
+        reached = tl.where(this >= wanted, i + 1, reached)
+    # a row whose lowest step is not reached goes on below it
+    above = tl.minimum(high, low + (reached + 1) * step)
+    return low + reached * step, tl.where(count >= wanted, above, high), count
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -349,25 +373,24 @@ def _topn_kernel(
     out_ptrs = out_ptr + i_b * stride_ob + (row0 + start + offs_r) * stride_ot + i_head * stride_oh
     offs_imp = (tl.program_id(1) * TILE + offs_r).to(tl.int64) * stride_it + tl.program_id(2) * stride_ih
     choose_blocks(
-        imp_ptr + offs_imp, position, out_ptrs, position, mask_r, BLOCKS, N, INITIAL, LOCAL, ROWS, WIDTH, HELD, False,
-        WIDTH_OUT,
+        imp_ptr + offs_imp, out_ptrs, position, mask_r, BLOCKS, N, INITIAL, LOCAL, ROWS, WIDTH, HELD, False, WIDTH_OUT
     )  # fmt: skip
 
 
 @triton.jit
 def choose_blocks(
-    imp_ptrs, given, out_ptrs, position, mask_r, BLOCKS: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr,
-    LOCAL: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HELD: tl.constexpr, GIVEN: tl.constexpr,
+    imp_ptrs, out_ptrs, position, mask_r, BLOCKS: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HELD: tl.constexpr, SHARED: tl.constexpr,
     WIDTH_OUT: tl.constexpr,
 ):  # fmt: skip
     """Store the block indices of ROWS queries: the forced blocks, and the most important ones between them.
 
     Args:
         imp_ptrs: `[ROWS]`, rows of importances, read where a query sees at least N blocks.
-        given: int32 `[ROWS, WIDTH]`, what `rank` makes of them, read instead if GIVEN.
         out_ptrs: `[ROWS]`, rows of N block indices.
         position, mask_r: `[ROWS]`, positions of the queries, and which of them exist.
         WIDTH: Importances looked at together; HELD: all that count are among the first WIDTH.
+        SHARED: Many warps share a row, so that a sum costs more than comparisons: fewer, wider steps; WIDTH < 2**16.
     """
     own = tl.where(position >= 0, position // BLOCKS, -1)
     searched = mask_r & (own >= N)
@@ -384,17 +407,17 @@ def choose_blocks(
         stop = tl.where(searched, own - LOCAL + 1, 0)
         end = tl.max(stop)
         if end > 0:
-            if GIVEN:
-                held = given
-            elif HELD:
+            if HELD:
                 held = _ranks(imp_ptrs, 0, stop, WIDTH, INITIAL)
             # at least `wanted` candidates rank `low` or higher, fewer rank `high` or higher
             low = tl.zeros([ROWS], dtype=tl.int32)
-            high = tl.where(searched, 0x7FFFFFFF, 1)
+            high = tl.where(searched, 0x7F800001, 1)  # above every finite float
             while tl.max(high - low) > 1:
                 middle = low + (high - low) // 2
                 count = tl.zeros([ROWS], dtype=tl.int32)
-                if HELD:
+                if HELD and SHARED:
+                    middle, high, count = _narrow(held, low, high, wanted)
+                elif HELD:
                     count = tl.sum((held >= middle[:, None]).to(tl.int32), 1)
                 else:
                     for j in range(0, end, WIDTH):
