@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process of the tests of context parallelism: loss, logits and gradients of its share of every case.
 
-python parallel_worker.py STORE RANK SIZE OUTPUT
+python parallel_worker.py STORE RANK SIZE OUTPUT DEVICE
 """
 
 import sys
@@ -35,7 +35,7 @@ CASES = {
 }
 
 
-def make_case(name):
+def make_case(name, device="cpu"):
     """Model and batch of a case, and the key/value heads that are gathered at a time."""
     variant, changes, shape = CASES[name]
     changes = dict(changes)
@@ -49,7 +49,7 @@ def make_case(name):
     batch["labels"][:, : batch["labels"].shape[1] // 3] = -100  # the early chunks have fewer labels than the late ones
     if isinstance(shape, list):
         batch["position_ids"] = torch.cat([torch.arange(length) for length in shape])[None]
-    return model, batch, heads
+    return model.to(device), {key: x.to(device) for key, x in batch.items()}, heads
 
 
 def run(model, inputs):
@@ -57,23 +57,30 @@ def run(model, inputs):
     model.zero_grad()
     output = model(**inputs, use_cache=False, output_block_indices=True)
     output.loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = {name: x.grad if x.grad is None else x.grad.cpu() for name, x in model.named_parameters()}
     return {
         "loss": output.loss.item(),
-        "logits": output.logits.detach(),
-        "block_indices": [x for x in output.block_indices if x is not None],
+        "logits": output.logits.detach().cpu(),
+        "block_indices": [x.cpu() for x in output.block_indices],
         "gradients": gradients,
     }
 
 
-def main(store, rank, size, output):
+def main(store, rank, size, output, device):
+    rank, size = int(rank), int(size)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(size), timeout=timedelta(seconds=60)
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=60),
     )
-    mesh = DeviceMesh("cpu", range(int(size)))
+    mesh = DeviceMesh(device, range(size))
     results = {}
     for name in CASES:
-        model, batch, heads = make_case(name)
+        model, batch, heads = make_case(name, device)
         results[name] = run(model, shard_inputs(batch, mesh, model.config, heads))
     torch.save(results, output)
     dist.destroy_process_group()

@@ -22,16 +22,16 @@ ROOT = Path(__file__).parents[1]
 SIZE = 2
 
 
-@pytest.fixture(scope="module")
-def shares(tmp_path_factory):
+def run_processes(folder, device):
     """What each of two processes computes of every case."""
-    folder = tmp_path_factory.mktemp("parallel")
     paths = [ROOT, ROOT / "kernels", ROOT / "conversion", ROOT / "tests"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
     command = [sys.executable, str(ROOT / "tests" / "parallel_worker.py"), str(folder / "store")]
     processes = [
         subprocess.Popen(
-            [*command, str(rank), str(SIZE), str(folder / f"{rank}.pt")], env=environment, stderr=subprocess.PIPE
+            [*command, str(rank), str(SIZE), str(folder / f"{rank}.pt"), device],
+            env=environment,
+            stderr=subprocess.PIPE,
         )
         for rank in range(SIZE)
     ]
@@ -43,6 +43,11 @@ def shares(tmp_path_factory):
         for process in processes:
             process.kill()
     return [torch.load(folder / f"{rank}.pt") for rank in range(SIZE)]
+
+
+@pytest.fixture(scope="module")
+def shares(tmp_path_factory):
+    return run_processes(tmp_path_factory.mktemp("parallel"), "cpu")
 
 
 def join(parts, tokens):
@@ -66,6 +71,21 @@ def test_processes_compute_what_one_does(shares, name):
         expected = torch.zeros(()) if gradient is None else gradient
         mean = sum(each["gradients"][parameter] for each in many) / SIZE
         torch.testing.assert_close(mean, expected.expand_as(mean), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_gpus_compute_what_one_does(tmp_path):
+    if torch.cuda.device_count() < SIZE:
+        pytest.skip(f"needs {SIZE} CUDA devices")
+    shares = run_processes(tmp_path, "cuda")
+    for name in CASES:
+        model, batch, _ = make_case(name, "cuda")
+        one, many = run(model, batch), [share[name] for share in shares]
+        assert sum(each["loss"] for each in many) / SIZE == pytest.approx(one["loss"], abs=1e-3), name
+        for parameter, gradient in one["gradients"].items():
+            mean = sum(each["gradients"][parameter] for each in many) / SIZE
+            error = (mean - (0 if gradient is None else gradient)).norm()
+            assert error <= 1e-3 * (1 if gradient is None else 1 + gradient.norm()), (name, parameter)
 
 
 @pytest.mark.parametrize("lengths", [[96], [5, 50, 1, 23, 17], [31, 1, 32, 32], [7] * 13 + [5], [90, 3, 3]])
