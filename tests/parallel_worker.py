@@ -77,7 +77,7 @@ def main(store, rank, size, output, device):
         world_size=size,
         timeout=timedelta(seconds=60),
     )
-    mesh = DeviceMesh(device, range(size))
+    mesh = DeviceMesh(device, list(range(size)))
     results = {}
     for name in CASES:
         model, batch, heads = make_case(name, device)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_finetune import make_nsa
 from tiny import make_checkpoint
 from transformers import AutoModelForCausalLM
@@ -101,3 +102,34 @@ def test_refuses_what_cannot_be_combined(tmp_path, monkeypatch):
     settings = {"train_file": tmp_path / "train.txt", "use_cpu": True, "context_parallel_size": 2}
     with pytest.raises(NSAError, match="needs a model of type native_sparse_attention, got 'llama'; convert it"):
         finetune(source, tmp_path / "out", **settings)
+
+
+def test_refuses_what_a_launcher_brings_along(tmp_path):
+    class Trainer:
+        def __init__(self):
+            self.is_deepspeed_enabled = True
+
+    class ContextTrainer(ContextTrainerMixin, Trainer):
+        pass
+
+    with pytest.raises(NSAError, match="cannot be combined with DeepSpeed or a parallelism configuration"):
+        ContextTrainer(context=ContextArguments(context_parallel_size=2))
+
+
+def test_refuses_different_rows(monkeypatch):
+    class Trainer(ContextTrainerMixin):
+        def __init__(self):
+            self._checked, self.args = False, type("Arguments", (), {"device": "cpu"})
+            self.mesh = {"cp": type("Mesh", (), {"get_group": lambda self: None})()}
+
+    def of_two_processes(other):
+        def all_reduce(x, operation, group):
+            x.copy_(torch.minimum(x, other) if operation == dist.ReduceOp.MIN else torch.maximum(x, other))
+
+        return all_reduce
+
+    ids = torch.tensor([[5, 6, 7]])
+    monkeypatch.setattr(dist, "all_reduce", of_two_processes(torch.tensor([5 + 12 + 21, 3])))
+    Trainer()._check_rows(ids)
+    with pytest.raises(NSAError, match="a context-parallel group got different rows"):
+        Trainer()._check_rows(ids.flip(1))

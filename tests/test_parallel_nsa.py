@@ -45,11 +45,6 @@ def run_processes(folder, device):
     return [torch.load(folder / f"{rank}.pt") for rank in range(SIZE)]
 
 
-@pytest.fixture(scope="module")
-def shares(tmp_path_factory):
-    return run_processes(tmp_path_factory.mktemp("parallel"), "cpu")
-
-
 def join(parts, tokens):
     """The row `[1, T, …]` from the chunks r and 2N - 1 - r of every process."""
     chunks = [part.chunk(2, dim=1) for part in parts]
@@ -57,11 +52,15 @@ def join(parts, tokens):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_processes_compute_what_one_does(shares, name):
-    model, batch, _ = make_case(name)
-    one, many = run(model, batch), [share[name] for share in shares]
-    tokens = batch["input_ids"].numel()
+def test_processes_compute_what_one_does(tmp_path, subtests):
+    shares = run_processes(tmp_path, "cpu")
+    for name in CASES:
+        with subtests.test(name):
+            model, batch, _ = make_case(name)
+            compare(run(model, batch), [share[name] for share in shares], batch["input_ids"].numel())
+
+
+def compare(one, many, tokens):
     assert sum(each["loss"] for each in many) / SIZE == pytest.approx(one["loss"], abs=5e-6)
     close(join([each["logits"] for each in many], tokens), one["logits"].flatten(0, 1)[None])
     for i, blocks in enumerate(one["block_indices"]):

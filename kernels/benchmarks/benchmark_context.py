@@ -270,7 +270,7 @@ def main():
     counts = sorted(set(args.gpus or [1, world]))
     if not all(1 <= count <= world for count in counts):
         raise SystemExit(f"--gpus must be between 1 and the {world} processes of torchrun, got {counts}")
-    groups = {count: dist.new_group(range(count)) for count in counts}
+    groups = {count: dist.new_group(list(range(count))) for count in counts}
     sizes = {**MODEL, "num_hidden_layers": args.layers, "max_position_embeddings": max(131072, *args.lengths)}
     results = None
     if dist.get_rank() == 0:
