@@ -23,8 +23,10 @@ from .modeling_nsa import (
     NSAModelOutputWithPast,
     NSAPreTrainedModel,
 )
+from .parallel_nsa import ContextShard, shard_inputs
 
 __all__ = [
+    "ContextShard",
     "NSACausalLMOutputWithPast",
     "NSAConfig",
     "NSADynamicLayer",
@@ -36,6 +38,7 @@ __all__ = [
     "NSAModelOutputWithPast",
     "NSAPreTrainedModel",
     "NSAStaticLayer",
+    "shard_inputs",
 ]
 
 AutoConfig.register(NSAConfig.model_type, NSAConfig, exist_ok=True)

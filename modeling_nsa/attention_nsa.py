@@ -6,10 +6,12 @@ Shapes: B batch, T new tokens, TK tokens seen, HQ query heads, H key/value heads
 l compress_block_size. Inside a sparse layer tensors are `[B, T, H, D]`; cache layers hold `[B, H, T, D]`.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -184,6 +186,12 @@ class NSADenseAttention(nn.Module):
         value = self._heads(hidden_states, self.v_proj).transpose(1, 2)
         if self.use_rope:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if layout is not None and layout.parallel is not None:
+            attn_output = layout.parallel.dense_attention(
+                query, key, value, scaling=self.scaling, window=self.sliding_window,
+                dropout=self.attention_dropout if self.training else 0.0,
+            )  # fmt: skip
+            return self.o_proj(attn_output.flatten(2)), None
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -281,6 +289,10 @@ class NSAAttention(NSADenseAttention):
         if self.gate_scale is not None:
             gates = NSAGateScale.scale(gates, self.gate_scale(hidden_states))
 
+        if layout.parallel is not None:
+            output, block_indices = self._attend_in_parallel(layout.parallel, q, k, v, tails, k_win, v_win, gates)
+            return self.o_proj(output.flatten(2)), None, block_indices, gates
+
         window_ring = False
         if past_key_values is not None:
             keys, values = self._update(past_key_values, layout.cache or layout, k, v, tails, k_win, v_win)
@@ -302,16 +314,13 @@ class NSAAttention(NSADenseAttention):
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         q, k, v, k_win, v_win, *gate_tensors = tensors
-        output, block_indices, weights = nsa_attention(
+        output, block_indices, weights = self._nsa_attention(
             q, k, v, k_cmp, v_cmp, k_win, v_win, *gate_tensors,
-            **self.config.block_sizes,
-            scale=self.scaling,
             leftpad=layout.leftpad,
             q_offset=layout.past_length,
             cu_seqlens=cu_seqlens,
             return_weights=bool(output_attentions) and cu_seqlens is None,
             window_ring=window_ring,
-            backend=self.config.nsa_backend,
         )  # fmt: skip
         output = output.reshape(*shape, -1)
         if layout.real is not None:  # padding gives 0, wherever it lies
@@ -323,6 +332,62 @@ class NSAAttention(NSADenseAttention):
             output, block_indices, gates = (_gather_tokens(x, back) for x in (output, block_indices, gates))
             weights = None if weights is None else _gather_tokens(weights.transpose(1, 2), back).transpose(1, 2)
         return output, weights, block_indices, gates
+
+    def _nsa_attention(self, *tensors, **where):
+        settings = {"scale": self.scaling, "backend": self.config.nsa_backend}
+        return nsa_attention(*tensors, **self.config.block_sizes, **settings, **where)
+
+    def _attend_in_parallel(self, parallel, q, k, v, tails, k_win, v_win, gates):
+        """This process's part of the attention, from tensors of its own tokens `[1, 2c, H, D]`.
+
+        Returns:
+            `[1, 2c, HQ, DV]`, and the chosen blocks, int32 `[1, 2c, H, n]`.
+        """
+        windows, extended = parallel.exchange_edges((k_win, v_win), tails.values())
+        compressed = []
+        for slot, blocks in enumerate(parallel.chunk_blocks):
+            chunk_tails = {name: x[slot] for name, x in zip(tails, extended)}
+            embeddings = parallel.block_embeddings[slot]
+            if blocks.whole and blocks.count:  # equal distances need no table of blocks
+                chunk_tails = {name: x[None] for name, x in chunk_tails.items()}
+                pair = self._compress(chunk_tails, blocks.first_slot, blocks.count, embeddings)
+                compressed.append([x[0] for x in pair])
+            else:
+                compressed.append(self._compress(chunk_tails, 0, None, embeddings, parallel.cu_seqlens[slot]))
+        k_cmp, v_cmp = parallel.gather_blocks(*(torch.cat(pair) for pair in zip(*compressed)))
+
+        tensors = (k, v, k_cmp, v_cmp, *itertools.chain(*windows))
+        heads, groups = parallel.shard.heads_at_once or k.shape[2], self.num_key_value_groups
+        if heads >= k.shape[2]:
+            return self._attend_to_heads(parallel, q, gates, *tensors)
+        parts = []
+        for first in range(0, k.shape[2], heads):
+            own, queries = slice(first, first + heads), slice(first * groups, (first + heads) * groups)
+            some = (q[:, :, queries], gates[:, :, queries], *(x[..., own, :] for x in tensors))
+            # what is gathered is not kept but gathered again in the backward pass
+            parts.append(checkpoint(self._attend_to_heads, parallel, *some, use_reentrant=False))
+        return tuple(torch.cat(part, dim=2) for part in zip(*parts))
+
+    def _attend_to_heads(self, parallel, q, gates, k, v, k_cmp, v_cmp, *windows):
+        """Gather keys and values, and run this process's queries; `windows`: both chunks of k_win, both of v_win."""
+        k, v = parallel.gather_tokens(k), parallel.gather_tokens(v)
+        c, edge = parallel.shard.chunk_length, parallel.window_edge
+        outputs, choices = [], []
+        for segment in parallel.segments:
+            first, last = segment.queries
+            own = slice(segment.slot * c + first, segment.slot * c + last)
+            window = slice(edge + first - min(edge, segment.offset), edge + last)
+            keys, blocks = slice(*segment.keys), slice(*segment.blocks)
+            tensors = (q[0, own], k[keys], v[keys], k_cmp[blocks], v_cmp[blocks])
+            tensors += tuple(x[window] for x in windows[segment.slot :: 2]) + gates[0, own].unbind(-1)
+            if segment.cu_seqlens is None:
+                tensors = tuple(x[None] for x in tensors)
+            output, block_indices, _ = self._nsa_attention(
+                *tensors, q_offset=segment.offset, cu_seqlens=segment.cu_seqlens
+            )
+            outputs.append(output if segment.cu_seqlens is not None else output[0])
+            choices.append(block_indices if segment.cu_seqlens is not None else block_indices[0])
+        return torch.cat(outputs)[None], torch.cat(choices)[None]
 
     def _rotation(self, position_embeddings):
         return (lambda x: _rotate(x, *position_embeddings)) if self.use_rope else (lambda x: x)

@@ -9,12 +9,13 @@ way into the layer and back on the way out.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from nsa_kernels import MAX_DECODE_QUERIES, compressed_cu_seqlens, num_compressed_blocks
 
-__all__ = ["NSALayout", "build_layout", "restarts"]
+__all__ = ["NSALayout", "build_layout", "packed_sequences", "restarts"]
 
 
 @dataclass
@@ -36,6 +37,7 @@ class NSALayout:
         to_cache: int64 `[B, T]`, which token goes to which slot of the cache; in `cache` only.
         trailing: int64 `[B]`, new padding behind cached real tokens, or None; the cache moves it to the front.
         real: bool `[B, T]`, new tokens that are no padding, where padding is computed in place; else None.
+        parallel: Where other processes hold the rest of the tokens: `ParallelLayout`, else None.
     """
 
     past_length: int | torch.Tensor
@@ -54,6 +56,7 @@ class NSALayout:
     to_cache: torch.Tensor | None = None
     trailing: torch.Tensor | None = None
     real: torch.Tensor | None = None
+    parallel: Any = None
 
     def first_slot(self, origin):
         """Slot of the first new block's first token, counted from slot `origin`: an int or a tensor `[B]`."""
@@ -99,7 +102,7 @@ def build_layout(config, inputs_embeds, attention_mask, position_ids, past_key_v
     if isinstance(past, torch.Tensor):
         # the kernels for long chunks need the number; decoding does not wait for it, and the cache counts on in place
         past = _read(past) if T > MAX_DECODE_QUERIES else past.to(device).clone()
-    cu_seqlens = _packed_sequences(B, T, attention_mask, position_ids, past_key_values, cu_seqlens)
+    cu_seqlens = packed_sequences(B, T, attention_mask, position_ids, past_key_values, cu_seqlens)
     padding = {}
     if attention_mask is not None:
         mask = _check_mask(attention_mask, B, T, past, past_key_values).to(device)
@@ -248,7 +251,7 @@ def _check_holes(mask, past, T, position_ids):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _packed_sequences(B, T, attention_mask, position_ids, past_key_values, cu_seqlens):
+def packed_sequences(B, T, attention_mask, position_ids, past_key_values, cu_seqlens):
     """Cumulative lengths of packed sequences over the flattened batch, or None."""
     if cu_seqlens is not None:
         if past_key_values is not None or attention_mask is not None:

@@ -31,6 +31,7 @@ from .attention_nsa import NSAAttention, NSACompression, NSADenseAttention, NSAG
 from .cache_nsa import prepare_cache
 from .configuration_nsa import NSA_LAYER_TYPE, NSAConfig
 from .layout_nsa import NSALayout, build_layout, restarts
+from .parallel_nsa import ContextShard, build_parallel_layout
 
 __all__ = [
     "NSACausalLMOutputWithPast",
@@ -199,9 +200,14 @@ class NSAModel(NSAPreTrainedModel):
         if self.config.nsa_backend == "auto" and not torch.compiler.is_compiling():
             _warn_of_slow_path(inputs_embeds.device)
 
+        shard: ContextShard | None = kwargs.pop("context_shard", None)
+        if shard is not None:
+            _check_parallel(self.config, attention_mask, past_key_values)
         # packed sequences are not cached: which row would a next token continue?
-        packed = kwargs.get("cu_seq_lens_q") is not None or (
-            past_key_values is None and attention_mask is None and restarts(position_ids) is not None
+        packed = (
+            shard is not None
+            or kwargs.get("cu_seq_lens_q") is not None
+            or (past_key_values is None and attention_mask is None and restarts(position_ids) is not None)
         )
         if use_cache and past_key_values is None and not packed:
             past_key_values = DynamicCache(config=self.config)
@@ -210,15 +216,21 @@ class NSAModel(NSAPreTrainedModel):
 
         masks = attention_mask if isinstance(attention_mask, dict) else None
         padding_mask = masks.get(NSA_LAYER_TYPE) if masks is not None else attention_mask
-        layout, position_ids, position_embeddings = build_layout(
-            self.config,
-            inputs_embeds,
-            padding_mask,
-            position_ids,
-            past_key_values,
-            kwargs.get("cu_seq_lens_q"),
-            self.rotary_emb,
-        )
+        if shard is not None:
+            layout, position_ids, position_embeddings = build_parallel_layout(
+                self.config, inputs_embeds, position_ids, shard, self.rotary_emb
+            )
+            masks = {}  # the layout says what each token sees
+        else:
+            layout, position_ids, position_embeddings = build_layout(
+                self.config,
+                inputs_embeds,
+                padding_mask,
+                position_ids,
+                past_key_values,
+                kwargs.get("cu_seq_lens_q"),
+                self.rotary_emb,
+            )
         if masks is None:
             masks = _dense_masks(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
 
@@ -245,6 +257,18 @@ def _warn_of_slow_path(device):
     """Say once why an accelerator runs the reference; on a CPU nothing else is expected."""
     if device.type != "cpu" and (reason := triton_error(device)) is not None:
         logger.warning(f"Native sparse attention runs its slow PyTorch reference, not its kernels: {reason}")
+
+
+def _check_parallel(config, attention_mask, past_key_values):
+    for name, value in {"attention_mask": attention_mask, "past_key_values": past_key_values}.items():
+        if value is not None:
+            raise ValueError(f"`context_shard` needs `{name}=None`, got {type(value).__name__}.")
+    dense = sorted(set(config.layer_types) - {NSA_LAYER_TYPE})
+    if dense and config._attn_implementation != "sdpa":
+        raise ValueError(
+            f"`attn_implementation` must be 'sdpa' where {' and '.join(dense)} layers run under context parallelism, "
+            f"got {config._attn_implementation!r}. Call `model.set_attn_implementation('sdpa')`."
+        )
 
 
 def _dense_masks(config, inputs_embeds, attention_mask, position_ids, past_key_values):

@@ -15,6 +15,7 @@ from nsa_kernels import reference
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels" / "benchmarks"))
 
 import benchmark_attention
+import benchmark_context
 import benchmark_decode
 import benchmark_generate
 import benchmark_parts
@@ -22,7 +23,10 @@ import benchmark_training
 import common
 import sanitize
 
-SCRIPTS = (benchmark_attention, benchmark_decode, benchmark_generate, benchmark_parts, benchmark_training, sanitize)
+SCRIPTS = (
+    benchmark_attention, benchmark_context, benchmark_decode, benchmark_generate, benchmark_parts, benchmark_training,
+    sanitize,
+)  # fmt: skip
 MACHINE = {"dtype": "bfloat16", "gpu": "made up", "torch": "2", "triton": "3", "commit": "abc", "date": "2026-01-01"}
 
 

@@ -30,6 +30,7 @@ from transformers.trainer_utils import HubStrategy, get_last_checkpoint
 from transformers.utils import PushInProgress, cached_file, is_accelerate_available, is_peft_available
 
 from .card import write_card
+from .context import ContextArguments, ContextTrainerMixin
 from .data import PackedRows, PackedRowsCollator, encode_documents, hold_out, pack, read_dataset, read_files
 from .errors import NSAError
 from .hub import MODEL_FILES, hub_errors, push
@@ -162,7 +163,14 @@ class FinetuneArguments(TrainingArguments):
         super().__post_init__()
 
 
-ARGUMENT_CLASSES = (ModelArguments, DataArguments, LoraArguments, StageArguments, FinetuneArguments)
+ARGUMENT_CLASSES = (
+    ModelArguments,
+    DataArguments,
+    LoraArguments,
+    StageArguments,
+    ContextArguments,
+    FinetuneArguments,
+)
 
 
 @dataclass(frozen=True)
@@ -239,7 +247,12 @@ def _check_output(model: str, args: FinetuneArguments) -> None:
 
 
 def _check_arguments(
-    model: ModelArguments, data: DataArguments, lora: LoraArguments, stage: StageArguments, args: FinetuneArguments
+    model: ModelArguments,
+    data: DataArguments,
+    lora: LoraArguments,
+    stage: StageArguments,
+    context: ContextArguments,
+    args: FinetuneArguments,
 ) -> None:
     """Refuse what cannot work before anything is loaded."""
     if not model.model:
@@ -266,6 +279,7 @@ def _check_arguments(
     elif lora.lora_target_modules:
         raise NSAError("--lora-target-modules was given without --lora")
     stage.check(lora.lora)
+    context.check(args, stage.stage)
     if stage.stage == "warmup" and args.learning_rate != FinetuneArguments.learning_rate:
         raise NSAError(
             f"--stage warmup trains φ alone: set its rate with --new-parameter-lr, not --learning-rate "
@@ -373,6 +387,10 @@ class _Trainer(Trainer):
 
 class _StageTrainer(StageTrainerMixin, _Trainer):
     """The trainer of the stages warmup and adapt."""
+
+
+class _ContextTrainer(ContextTrainerMixin, _Trainer):
+    """The trainer of rows that several processes share."""
 
 
 def _load_teacher(stage: StageArguments, model: ModelArguments, vocab_size: int, device: torch.device):
@@ -512,6 +530,7 @@ def _write_results(
     data: DataArguments,
     lora: LoraArguments,
     stage: StageArguments,
+    context: ContextArguments,
 ) -> None:
     """Write logs, record and pictures beside the model."""
     output = report.output_dir
@@ -532,6 +551,7 @@ def _write_results(
         "data": dataclasses.asdict(data),
         "lora": dataclasses.asdict(lora),
         "stage": dataclasses.asdict(stage),
+        "context": dataclasses.asdict(context),
         "training": trainer.args.to_dict(),
     }
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -565,10 +585,15 @@ def _push(trainer: Trainer) -> str:
 
 
 def _run(
-    model: ModelArguments, data: DataArguments, lora: LoraArguments, stage: StageArguments, args: FinetuneArguments
+    model: ModelArguments,
+    data: DataArguments,
+    lora: LoraArguments,
+    stage: StageArguments,
+    context: ContextArguments,
+    args: FinetuneArguments,
 ) -> FinetuneReport:
     """Train as the argument groups say; see `finetune`."""
-    _check_arguments(model, data, lora, stage, args)
+    _check_arguments(model, data, lora, stage, context, args)
     if not is_accelerate_available():
         raise NSAError("training needs the accelerate library: pip install 'nsa-transformers[train]'")
     if args.n_gpu > 1:
@@ -594,6 +619,11 @@ def _run(
     )
     if tokenizer is None:
         raise NSAError(f"{model.model} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
+    if context.context_parallel_size > 1 and network.config.model_type != MODEL_TYPE:
+        raise NSAError(
+            f"--context-parallel-size needs a model of type {MODEL_TYPE}, got {network.config.model_type!r}; convert "
+            "it with `nsa convert`"
+        )
     source = _SourceSettings.of(model.model, network)
     teacher = _load_teacher(stage, model, network.config.vocab_size, args.device)
     if main_process:
@@ -633,11 +663,14 @@ def _run(
         "data_collator": PackedRowsCollator(),
         "processing_class": tokenizer,
     }
-    if stage.stage == "sft":
+    if args.ddp_find_unused_parameters is None and (context.context_parallel_size > 1 or stage.stage != "sft"):
+        # all are used; and φ's losses are computed behind the forward pass
+        args.ddp_find_unused_parameters = False
+    if context.context_parallel_size > 1:
+        trainer = _ContextTrainer(**settings, context=context)
+    elif stage.stage == "sft":
         trainer = _Trainer(**settings)
     else:
-        if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False  # φ's losses are computed behind the forward pass
         trainer = _StageTrainer(**settings, stage=stage, teacher=teacher, max_length=data.max_length)
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise NSAError(
@@ -673,7 +706,7 @@ def _run(
         after=after,
     )
     if main_process:
-        _write_results(trainer, report, model, data, lora, stage)
+        _write_results(trainer, report, model, data, lora, stage, context)
         if args.push_to_hub:
             report = dataclasses.replace(report, hub_url=_push(trainer))
     return report
@@ -687,8 +720,8 @@ def finetune(model: str | Path, output_dir: str | Path, **settings: Any) -> Fine
         output_dir: the directory for the trained model, checkpoints, logs and pictures; new or empty unless
             `overwrite` or `resume_from_checkpoint` is given.
         settings: fields of `ModelArguments`, `DataArguments` (`train_file` or `dataset` is required),
-            `LoraArguments`, `StageArguments` and `FinetuneArguments` (all of `TrainingArguments`), as on the command
-            line.
+            `LoraArguments`, `StageArguments`, `ContextArguments` and `FinetuneArguments` (all of `TrainingArguments`),
+            as on the command line.
 
     Returns:
         The report. With LoRA, `output_dir` holds the merged model and `output_dir/adapter` the adapter.
@@ -735,7 +768,7 @@ def _parser() -> _Parser:
 
 def _parse(
     argv: list[str],
-) -> tuple[ModelArguments, DataArguments, LoraArguments, StageArguments, FinetuneArguments]:
+) -> tuple[ModelArguments, DataArguments, LoraArguments, StageArguments, ContextArguments, FinetuneArguments]:
     *groups, rest = _parser().parse_args_into_dataclasses(argv, look_for_args_file=False)
     if rest.positional_model is not None:
         if groups[0].model is not None:
@@ -753,8 +786,8 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit code.
     """
-    model, data, lora, stage, args = _parse(argv)
-    report = _run(model, data, lora, stage, args)
+    *groups, args = _parse(argv)
+    report = _run(*groups, args)
     if args.process_index == 0:
         if report.before is not None:
             series = {"before": report.before, "after": report.after}

@@ -19,6 +19,7 @@ import gc
 import statistics
 import time
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -88,12 +89,17 @@ def make_text(kind, tokens, vocab_size, device="cuda"):
 
 def chunked_loss(hidden, weight, ids):
     """Next-token cross-entropy of hidden states `[1, T, hidden_size]`, never with all logits at once."""
+    return summed_loss(hidden[0, :-1], weight, ids[0, 1:]) / (ids.shape[1] - 1)
 
-    def chunk(hidden, ids):
-        return F.cross_entropy(F.linear(hidden, weight).float(), ids, reduction="sum")
 
-    pairs = zip(hidden[0, :-1].split(LOSS_CHUNK), ids[0, 1:].split(LOSS_CHUNK))
-    return sum(checkpoint(chunk, *pair, use_reentrant=False) for pair in pairs) / (ids.shape[1] - 1)
+def summed_loss(hidden, weight, labels):
+    """The same from hidden states `[T, hidden_size]` and their labels `[T]`, summed."""
+
+    def chunk(hidden, labels):
+        return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
+
+    pairs = zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK))
+    return sum(checkpoint(chunk, *pair, use_reentrant=False) for pair in pairs)
 
 
 def step(model, optimizer, ids, backend=None):
@@ -107,13 +113,17 @@ def step(model, optimizer, ids, backend=None):
     return loss.item()
 
 
-def measure_steps(model, optimizer, ids, backend, steps):
-    """Median, 20 % and 80 % quantile of steps in ms after two that are not counted, tokens/s, peak memory, loss."""
+def measure_steps(run, tokens, steps):
+    """Median, 20 % and 80 % quantile of steps in ms after two that are not counted, tokens/s, peak memory, loss.
+
+    Args:
+        run: One step; returns the loss.
+    """
     times = []
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2 + steps):
         start = time.perf_counter()
-        loss = step(model, optimizer, ids, backend)
+        loss = run()
         torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - start))
     times = sorted(times[2:])
@@ -122,7 +132,7 @@ def measure_steps(model, optimizer, ids, backend, steps):
         "median_ms": round(median, 1),
         "q20_ms": round(times[len(times) // 5], 1),
         "q80_ms": round(times[-1 - len(times) // 5], 1),
-        "tokens_per_s": round(1000 * ids.shape[1] / median),
+        "tokens_per_s": round(1000 * tokens / median),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "loss": round(loss, 3),
     }
@@ -246,7 +256,8 @@ def main():
                 ids = make_text(text, tokens, sizes["vocab_size"])
                 row = {"implementation": name, "text": text, "tokens": tokens, "parameters": parameters}
                 try:
-                    row |= measure_steps(model, optimizer, ids, DENSE.get(name), args.steps)
+                    run = partial(step, model, optimizer, ids, DENSE.get(name))
+                    row |= measure_steps(run, tokens, args.steps)
                     if name == "nsa":
                         row |= model_unions(model, ids) | measure_compression(model, ids)
                 except torch.OutOfMemoryError:
