@@ -53,6 +53,7 @@ class NSACompression(nn.Module):
 
     def __init__(self, config: NSAConfig, head_dim: int):
         super().__init__()
+        self.config = config
         self.compress_type = config.compress_type
         self.sizes = {
             "compress_block_size": config.compress_block_size,
@@ -78,6 +79,7 @@ class NSACompression(nn.Module):
             `[B, NC, H, D]` (packed: `[NC, H, D]`).
         """
         where = {"first_slot": first_slot, "num_blocks": num_blocks, "cu_seqlens": cu_seqlens, **self.sizes}
+        where["backend"] = self.config.nsa_backend
         if self.compress_type == "mean":
             return compress_mean(x_rotated, **where)
         out = compress_mlp(x, self.pos_embed, self.w1, self.b1, self.w2, self.b2, **where)
