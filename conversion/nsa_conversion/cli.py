@@ -14,6 +14,7 @@ COMMANDS = {
     "finetune": ("nsa_conversion.finetune", "train a converted model, fully or with LoRA"),
     "eval": ("nsa_conversion.evaluate", "loss, retrieval and selection, side by side with the dense model"),
     "generate": ("nsa_conversion.generate", "answer a prompt or chat, with streaming"),
+    "serve": ("nsa_conversion.serve", "serve a model over HTTP with an OpenAI-compatible API"),
     "push": ("nsa_conversion.hub", "upload a model or an adapter to the Hugging Face hub"),
     "inspect": ("nsa_conversion.inspect", "draw what the sparse layers read in a text"),
     "env": ("nsa_conversion.env", "versions, devices, and which implementation will run and why"),
