@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from nsa_conversion import cli
 from nsa_conversion.errors import NSAError, listing
@@ -59,6 +60,7 @@ def test_unknown_command(capsys):
         (ValueError("bad size"), 2, "nsa convert: error: bad size"),
         (NotImplementedError("no such path"), 2, "nsa convert: error: no such path"),
         (OSError("unreadable"), 2, "nsa convert: error: unreadable"),
+        (torch.OutOfMemoryError("Tried to allocate 2 GiB"), 2, "not enough memory. Shorten the texts"),
         (KeyboardInterrupt(), 130, "nsa convert: interrupted."),
         (ModuleNotFoundError("No module named 'peft'", name="peft"), 2, "No module named 'peft'. Install"),
     ],

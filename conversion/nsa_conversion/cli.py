@@ -96,3 +96,9 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         return _fail(command, error)
+    except Exception as error:
+        # torch's, which is not imported here
+        if debug or type(error).__name__ != "OutOfMemoryError":
+            raise
+        hint = "Shorten the texts, take smaller batches, or try --dtype bfloat16."
+        return _fail(command, f"the device has not enough memory. {hint} {error}")
