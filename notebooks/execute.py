@@ -9,7 +9,9 @@ Needs `pip install -e ".[notebooks]"`. What the notebooks write goes to a tempor
 
 import argparse
 import os
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
@@ -59,20 +61,39 @@ def execute(
     return client.execute(env=env)
 
 
-def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Drop counts, times, versions and progress bars, so that only sources and outputs are left to compare."""
+def clean(notebook: nbformat.NotebookNode, places: Sequence[str] = ()) -> nbformat.NotebookNode:
+    """Drop counts, versions, progress bars and directories, so that only sources and results are left to compare.
+
+    Args:
+        notebook: changed in place.
+        places: directories of this machine, cut off the paths in printed text.
+
+    Returns:
+        The notebook.
+    """
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
     for cell in notebook.cells:
         tags = cell.metadata.get("tags")
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
-        if cell.cell_type == "code":
-            cell.execution_count = None
-            # a widget has no state in a file
-            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
-            for output in cell.outputs:
-                if "execution_count" in output:
-                    output.execution_count = None
+        if cell.cell_type != "code":
+            continue
+        cell.execution_count = None
+        outputs = []
+        for output in cell.outputs:
+            if WIDGET in output.get("data", {}):  # a widget has no state in a file
+                continue
+            if "execution_count" in output:
+                output.execution_count = None
+            if outputs and output.get("name") and output.get("name") == outputs[-1].get("name"):
+                outputs[-1].text += output.text  # how a stream comes in pieces is chance
+            else:
+                outputs.append(output)
+        for output in outputs:
+            for place in places:
+                if "text" in output:
+                    output.text = output.text.replace(f"{place}{os.sep}", "")
+        cell.outputs = outputs
     return notebook
 
 
@@ -82,7 +103,7 @@ def main():
     for path in parser.parse_args().notebooks:
         with tempfile.TemporaryDirectory() as folder:
             notebook = execute(read(path), Path(folder), HF_HUB_OFFLINE="1")
-        write(clean(notebook), path)
+        write(clean(notebook, [folder, *(place for place in sys.path if place.endswith("site-packages"))]), path)
         print(f"executed {path.name}", flush=True)
 
 

@@ -114,3 +114,18 @@ def test_stored_outputs_are_clean(path):
         found = re.search(UNWANTED, text)
         assert not found, f"{path.name} has {found[0]!r} in: {text}"
     assert any(texts(notebook)), f"{path.name} is stored without outputs; run notebooks/execute.py"
+
+
+def test_clean_keeps_results_only():
+    stream = nbformat.v4.new_output("stream", name="stdout", text="wrote /some/place/model\n")
+    more = nbformat.v4.new_output("stream", name="stdout", text="done\n")
+    bar = nbformat.v4.new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "0%"})
+    cell = nbformat.v4.new_code_cell("run()", execution_count=3, outputs=[bar, stream, more], metadata={"tags": ["a"]})
+    notebook = clean(
+        nbformat.v4.new_notebook(cells=[cell], metadata={"language_info": {"name": "python", "version": "1"}}),
+        ["/some/place"],
+    )
+    (cell,) = notebook.cells
+    assert (cell.execution_count, cell.metadata) == (None, {"tags": ["a"]})
+    assert [output.text for output in cell.outputs] == ["wrote model\ndone\n"]
+    assert "version" not in notebook.metadata.language_info
