@@ -362,6 +362,19 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
             model_inputs["position_ids"] = torch.where(right_padded, counted, position_ids)
         return model_inputs
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """As in transformers, whose paged cache has full and sliding layers only: sparse layers are refused.
+
+        Raises:
+            NotImplementedError: the model has sparse layers.
+        """
+        if NSA_LAYER_TYPE in self.config.layer_types:
+            raise NotImplementedError(
+                "generate_batch and continuous batching do not work with native sparse attention: the paged cache has "
+                "no place for compressed keys. Use generate() on a padded batch; serve without continuous batching."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
     @staticmethod
     def create_masks_for_generate(
         config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from nsa_conversion import cli
 from nsa_conversion.errors import NSAError, listing
@@ -45,6 +46,12 @@ def test_every_command_has_help(command, capsys):
     assert "usage:" in capsys.readouterr().out
 
 
+def test_help_of_a_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["help", "env"])
+    assert capsys.readouterr().out.startswith("usage: nsa env")
+
+
 def test_unknown_command(capsys):
     assert cli.main(["covert"]) == 2
     err = capsys.readouterr().err
@@ -59,8 +66,10 @@ def test_unknown_command(capsys):
         (ValueError("bad size"), 2, "nsa convert: error: bad size"),
         (NotImplementedError("no such path"), 2, "nsa convert: error: no such path"),
         (OSError("unreadable"), 2, "nsa convert: error: unreadable"),
+        (torch.OutOfMemoryError("Tried to allocate 2 GiB"), 2, "not enough memory. Shorten the texts"),
         (KeyboardInterrupt(), 130, "nsa convert: interrupted."),
-        (ModuleNotFoundError("No module named 'peft'", name="peft"), 2, "No module named 'peft'. Install"),
+        (ModuleNotFoundError("No module named 'peft'", name="peft"), 2, "pip install 'nsa-transformers[train]'"),
+        (ImportError("x needs the deepspeed library."), 2, "deepspeed library. Install the missing package with pip."),
     ],
 )
 def test_errors_become_one_line(monkeypatch, capsys, error, code, text):

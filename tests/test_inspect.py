@@ -10,6 +10,7 @@ from tiny_nsa import make_model
 
 from nsa_conversion import cli
 from nsa_conversion.data import builtin_text
+from nsa_conversion.diagnosis import diagnose
 from nsa_conversion.errors import NSAError
 from nsa_conversion.inspect import inspect_text
 from nsa_conversion.sources import load_model
@@ -51,6 +52,17 @@ def test_the_selection_follows_the_importance(tmp_path, variant):
         assert selected[-1].nonzero().flatten().tolist() == sorted({*best, *forced})
 
 
+def test_kept_mass_is_what_the_diagnosis_finds(loaded):
+    model, tokenizer = loaded
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][0, :90]
+    config = model.config
+    reach = config.num_selected_blocks * config.select_block_size
+    found = inspect_text(model, tokenizer, TEXT, length=90)
+    (recall,) = diagnose(model, [ids], [0, 90]).mass_recall
+    assert found.kept[0][:reach].tolist() == pytest.approx([1] * reach, abs=1e-5)
+    assert found.kept[0][reach:].mean() == pytest.approx(sum(recall) / len(recall), abs=1e-5)
+
+
 def test_importance_and_mass_are_shares(loaded, found):
     size = loaded[0].config.compress_block_size
     assert torch.allclose(found.mass[0].sum(-1), torch.ones(90), atol=1e-5)
@@ -75,7 +87,7 @@ def test_page_from_the_command_line(tmp_path, capsys):
     assert cli.main(command) == 0
     assert "80 tokens, 2 sparse layers" in capsys.readouterr().out
     content = page.read_text(encoding="utf-8")
-    assert content.count("data:image/png;base64,") == 4
+    assert content.count("data:image/png;base64,") == 5
     assert "a &lt; b" in content
     assert "http" not in content
     assert cli.main(command) == 2

@@ -6,6 +6,7 @@ import errno
 import importlib
 import json
 import shutil
+import socket
 import sys
 
 import pytest
@@ -35,6 +36,10 @@ def without_accelerate(monkeypatch):
 
 def without_peft(monkeypatch):
     monkeypatch.setattr(importlib.import_module("nsa_conversion.finetune"), "is_peft_available", lambda: False)
+
+
+def without_server(monkeypatch):
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
 
 
 def full_disk(monkeypatch):
@@ -97,6 +102,7 @@ MISTAKES = [
     ("convert {dense} {work}/out --max-shard-size big", "max_shard_size must be", None),
     ("convert {dense} {work}/out --revision main", "needs a hub id", None),
     ("convert {dense} {work}/out --verify --verify-text {work}/nothing", "--verify-text must be", None),
+    ("convert {dense} {work}/out --verify --verify-length 1", "--verify-length must be at least 2", None),
     ("convert {nsa} {work}/out", "native_sparse_attention", None),
     ("convert {adapter} {work}/out", "It is a PEFT adapter", None),
     ("convert {truncated} {work}/out --no-progress", "is not a complete safetensors file", None),
@@ -141,6 +147,9 @@ MISTAKES = [
     ("eval {work}/nothing --parts loss", "does not exist", None),
     ("eval {nsa} --parts loss --text-file {work}/nothing", "does not exist", None),
     ("eval {nsa} --parts loss --length 0", "length", None),
+    ("eval {nsa} --parts loss --against {work}/nothing", "does not exist", None),
+    ("eval {nsa} --parts loss --against {work}/nothing.gguf", "does not exist", None),
+    ("eval {nsa} --parts loss --output {text}", "is a file; choose a directory", None),
     ("eval {nsa} --parts speed", "invalid choice: 'speed'", None),
     ("eval {nsa} --parts loss --resume", "--resume needs the --output DIR", None),
     ("eval {nsa} --parts loss --length 64 --lm-eval hellaswag", "lm_eval", missing("lm_eval")),
@@ -152,15 +161,37 @@ MISTAKES = [
     ("generate {nsa} --prompt-file {work}/nothing", "does not exist", None),
     ("generate {nsa} --prompt x --max-new-tokens 0", "--max-new-tokens must be at least 1", None),
     ("generate {nsa} --prompt x --temperature=-1", "--temperature must not be negative", None),
+    ("generate {nsa} --prompt x --top-p 7", "--top-p must be above 0 and at most 1", None),
+    ("generate {nsa} --prompt x --top-k 0", "--top-k must be at least 1", None),
+    ("generate {nsa} --prompt x --repetition-penalty 0", "--repetition-penalty must be above 0", None),
     ("generate {nsa} --prompt x --device cuda:7", "device", None),
     ("generate {nsa} --prompt x --device gpu", "device", None),
     ("generate {nsa} --prompt x --dtype int3", "dtype must be one of", None),
     ("generate {triton} --prompt x", "backend='triton' cannot run", no_interpreter),
     ("generate owner/name --prompt x", "cannot be loaded", offline),
     ("generate owner/name --prompt x", "cannot be loaded", no_answer),
+    # serve
+    ("serve", "required: MODEL", None),
+    ("serve {work}/nothing", "does not exist", None),
+    ("serve {adapter}", "It is a PEFT adapter", None),
+    ("serve {not_gguf}", "nsa convert makes a directory of it", None),
+    ("serve {no_tokenizer}", "has no tokenizer", None),
+    ("serve {at}", "rename the directory", None),
+    ("serve {truncated} --port {port}", "cannot be loaded", None),
+    ("serve {classifier} --port {port}", "no causal language model", None),
+    ("serve owner/name --port {port}", "cannot be loaded", offline),
+    ("serve {nsa} --port 0", "--port must be between 1 and 65535", None),
+    ("serve {nsa} --port {taken}", "in use; choose another", None),
+    ("serve {nsa} --host nowhere.invalid", "cannot listen on --host nowhere.invalid", None),
+    ("serve {nsa} --device cuda:7", "device 'cuda:7' cannot be used", None),
+    ("serve {nsa} --dtype int3", "dtype must be one of", None),
+    ("serve {nsa} --chat-template-kwargs [1]", "must be a JSON object", None),
+    ("serve {nsa} --continuous-batching", "unrecognized arguments: --continuous-batching", None),
+    ("serve {nsa}", "pip install 'nsa-transformers[serving]'", without_server),
     # inspect
     ("inspect {nsa} --text {work}/nothing --output {work}/page.html", "does not exist", None),
     ("inspect {nsa} --output {text}", "exists; choose another file", None),
+    ("inspect {nsa} --overwrite --output {nsa}", "is a directory; name a file in it", None),
     ("inspect {nsa} --output {work}/nothing/page.html", "does not exist", None),
     ("inspect {dense} --output {work}/page.html --length 64", "has no layers of native sparse attention", None),
     # push
@@ -197,6 +228,7 @@ def places(tmp_path_factory):
     def damaged(name, damage):
         directory = shutil.copytree(dense, root / name)
         damage(directory)
+        return directory
 
     def edit(directory, **changes):
         config = json.loads((directory / "config.json").read_text())
@@ -212,10 +244,23 @@ def places(tmp_path_factory):
     damaged("gpt2", lambda d: edit(d, model_type="gpt2"))
     damaged("code", lambda d: edit(d, auto_map={"AutoModel": "modeling_x.X"}))
     damaged("pickle", pickle)
+    damaged("no_tokenizer", lambda d: [file.unlink() for file in d.glob("tokenizer*")])
+    damaged("at", lambda d: None).rename(root / "me@home")
+    damaged("classifier", lambda d: edit(d, architectures=["NSAForTokenClassification"]))
     shutil.copytree(root / "nsa", root / "triton")
     edit(root / "triton", nsa_backend="triton")
     places = {path.stem: path for path in root.iterdir()}
-    return places | {"bad_jsonl": root / "bad.jsonl", "not_gguf": root / "file.gguf"}
+    return places | {"bad_jsonl": root / "bad.jsonl", "not_gguf": root / "file.gguf", "at": root / "me@home"}
+
+
+@pytest.fixture(scope="module")
+def ports():
+    """A port that somebody listens on, and one that is free."""
+    with socket.create_server(("localhost", 0)) as listening, socket.socket() as free:
+        free.bind(("localhost", 0))
+        number = free.getsockname()[1]
+        free.close()
+        yield {"taken": listening.getsockname()[1], "port": number}
 
 
 def written(places):
@@ -229,11 +274,14 @@ def test_there_are_enough_of_them():
 
 
 @pytest.mark.parametrize("arguments, message, change", MISTAKES, ids=[mistake[0] for mistake in MISTAKES])
-def test_mistake(places, tmp_path, monkeypatch, capfd, arguments, message, change):
+def test_mistake(places, ports, tmp_path, monkeypatch, capfd, arguments, message, change):
     if "generate {triton}" in arguments and torch.cuda.is_available():
         pytest.skip("the kernels can run here")
     if "cuda:7" in arguments and torch.cuda.device_count() > 7:
         pytest.skip("there is such a device")
+    if arguments.startswith("serve "):
+        pytest.importorskip("fastapi")
+        pytest.importorskip("openai")
     monkeypatch.delenv("NSA_DEBUG", raising=False)
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     monkeypatch.chdir(tmp_path)
@@ -242,7 +290,7 @@ def test_mistake(places, tmp_path, monkeypatch, capfd, arguments, message, chang
     before = written(places)
     if change is not None:
         change(monkeypatch)
-    code = cli.main(arguments.format(**places, work=work).split())
+    code = cli.main(arguments.format(**places, **ports, work=work).split())
     monkeypatch.undo()
     out, err = capfd.readouterr()
     assert code == (130 if "interrupted" in message else 2), err

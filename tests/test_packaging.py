@@ -27,7 +27,7 @@ FORBIDDEN = {
     "modeling_nsa": {"triton", "nsa_conversion"},
     "nsa_conversion": {"triton"},
 }
-COMMANDS = ("convert", "finetune", "eval", "generate", "push", "inspect", "env", "completion", "demo")
+COMMANDS = ("convert", "finetune", "eval", "generate", "serve", "push", "inspect", "env", "completion", "demo")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # `python some/script.py --flags` of this repository, as against the flags of `nsa`.
 SCRIPT_CALL = r"python (\S+\.py)([^`\n]*)"
@@ -164,7 +164,7 @@ def test_wheel_contents(wheel):
         metadata = archive.read(next(n for n in names if n.endswith("/METADATA"))).decode()
     assert {n for n in names if ".dist-info/" not in n} == expected
     assert any(n.endswith("/LICENSE") for n in names)
-    for extra in ("train", "eval", "gguf", "completion", "notebooks", "test", "dev"):
+    for extra in ("train", "eval", "gguf", "serving", "completion", "notebooks", "test", "dev"):
         assert f"Provides-Extra: {extra}" in metadata
     assert "Requires-Python: >=3.11" in metadata
     # Its own requirements compile llama.cpp: it is installed with --no-deps, never by an extra.

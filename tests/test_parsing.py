@@ -29,3 +29,17 @@ def test_a_mistake_is_one_line_that_names_the_help(parser, arguments, capsys):
     with pytest.raises(NSAError, match=r"; see nsa try --help$"):
         parser.parse_args(arguments)
     assert capsys.readouterr().err == ""
+
+
+def test_help_shows_a_flag_once_its_kind_and_its_default():
+    parser = Parser(prog="nsa try")
+    parser.add_argument("--window_size", "--window-size", type=int, default=8, help="tokens")
+    parser.add_argument("--rate", type=float, help="steps (default: the model's)")
+    parser.add_argument("--name", default="x", help="default: x")
+    parser.add_argument("--seed", type=int, default=0, help="of it all")
+    parser.add_argument("--fast", action="store_true", help="hurry")
+    shown = " ".join(parser.format_help().split())
+    assert "--window-size N tokens (default: 8)" in shown
+    assert "--window_size N," not in shown
+    assert "--rate X steps (default: the model's)" in shown
+    assert shown.endswith("--name NAME default: x --seed N of it all (default: 0) --fast hurry")

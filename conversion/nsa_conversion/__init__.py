@@ -20,6 +20,7 @@ _EXPORTS = {
     "finetune": "finetune",
     "evaluate": "evaluate",
     "generate": "generate",
+    "serve": "serve",
     "inspect_text": "inspect",
     "push": "hub",
     "load_model": "sources",

@@ -14,12 +14,15 @@ COMMANDS = {
     "finetune": ("nsa_conversion.finetune", "train a converted model, fully or with LoRA"),
     "eval": ("nsa_conversion.evaluate", "loss, retrieval and selection, side by side with the dense model"),
     "generate": ("nsa_conversion.generate", "answer a prompt or chat, with streaming"),
+    "serve": ("nsa_conversion.serve", "serve a model over HTTP with an OpenAI-compatible API"),
     "push": ("nsa_conversion.hub", "upload a model or an adapter to the Hugging Face hub"),
     "inspect": ("nsa_conversion.inspect", "draw what the sparse layers read in a text"),
     "env": ("nsa_conversion.env", "versions, devices, and which implementation will run and why"),
     "completion": ("nsa_conversion.completion", "print a script that completes commands and flags in a shell"),
     "demo": ("nsa_conversion.demo", "convert, compare, fine-tune and run SmolLM2-135M from start to finish"),
 }
+# extra of this project: packages that it brings
+EXTRAS = {"train": ("accelerate", "datasets", "peft"), "gguf": ("gguf",), "eval": ("matplotlib",)}
 
 
 def _usage():
@@ -69,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         int: exit code; 0 on success, 2 for a user's mistake, 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["help"] and len(argv) > 1:
+        argv = [argv[1], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if argv else 2
@@ -90,8 +95,18 @@ def main(argv: list[str] | None = None) -> int:
         # An optional dependency that is absent is the user's to install; a broken import of our own is not.
         if debug or (error.name or "").startswith(("nsa_", "modeling_nsa")):
             raise
-        return _fail(command, f"{error}. Install the missing package, e.g. `pip install 'nsa-transformers[train]'`.")
+        # libraries raise ImportErrors of their own, which name a package in the text alone
+        text = error.name or str(error)
+        extra = next((extra for extra, names in EXTRAS.items() if any(name in text for name in names)), None)
+        how = f": pip install 'nsa-transformers[{extra}]'" if extra else " with pip."
+        return _fail(command, f"{str(error).strip(' .')}. Install the missing package{how}")
     except (ValueError, NotImplementedError, OSError) as error:  # NSAError is a ValueError
         if debug:
             raise
         return _fail(command, error)
+    except Exception as error:
+        # torch's, which is not imported here
+        if debug or type(error).__name__ != "OutOfMemoryError":
+            raise
+        hint = "Shorten the texts, take smaller batches, or try --dtype bfloat16."
+        return _fail(command, f"the device has not enough memory. {hint} {error}")

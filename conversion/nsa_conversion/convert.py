@@ -621,6 +621,8 @@ def main(argv: list[str]) -> int:
         raise NSAError("DEST is required (only --dry-run can do without).")
     if args.verify_text is not None and not Path(args.verify_text).is_file():
         raise NSAError(f"--verify-text must be an existing text file, got {args.verify_text!r}.")
+    if args.verify_length is not None and args.verify_length < 2:
+        raise NSAError(f"--verify-length must be at least 2 tokens, got {args.verify_length}.")
     if args.dest is not None:
         _check_dest(Path(args.dest).expanduser())
     if args.dry_run:

@@ -35,7 +35,7 @@ from .loss import (
 from .parsing import Parser
 from .plots import require_matplotlib
 from .report import EvaluationReport
-from .sources import load_model
+from .sources import find_model, load_model, resolve
 from .tasks import TASKS, Material, TaskResult, run_task, task_cells
 
 __all__ = ["PARTS", "QUICK", "Settings", "default_device", "evaluate", "main"]
@@ -156,6 +156,11 @@ def evaluate(
     if not models:
         raise NSAError("models is empty; give at least one")
     sources = models if against is None else [against, *models]
+    for source in sources:
+        if isinstance(source, (str, Path)) and str(source).endswith(".gguf"):
+            resolve(source, weights=False)
+        elif isinstance(source, (str, Path)):
+            find_model(source)
     labels = _labels(sources)
     against_label = None if against is None else labels[0]
     known = _Finished(finished)
@@ -480,6 +485,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.output is not None:
         require_matplotlib()
+        if Path(args.output).exists() and not Path(args.output).is_dir():
+            raise NSAError(f"--output {args.output} is a file; choose a directory")
     elif args.resume:
         raise NSAError("--resume needs the --output DIR of the run to go on with")
     settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}

@@ -35,6 +35,7 @@ from .data import PackedRows, PackedRowsCollator, encode_documents, hold_out, pa
 from .errors import NSAError
 from .hub import MODEL_FILES, hub_errors, push
 from .loss import PositionBucket, format_position_table, loss_by_position, mean_loss, position_edges
+from .parsing import HelpFormatter
 from .plots import plot_loss_curve, plot_position_loss, require_matplotlib
 from .sources import load_model
 from .stages import StageArguments, StageTrainerMixin, prepare_stage
@@ -756,6 +757,7 @@ def _parser() -> _Parser:
         usage="nsa finetune MODEL --train-file FILE [FILE …] --output-dir DIR [--max-length N] [--lora] [options]",
         description="Train a model on packed text with transformers' Trainer; every TrainingArguments flag works.",
         allow_abbrev=False,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("positional_model", metavar="MODEL", nargs="?", help="a directory, hub id or GGUF file")
     for action in parser._actions:

@@ -175,6 +175,12 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `model.generate`; without any flag the model's generation config decides."""
     if args.temperature is not None and args.temperature < 0:
         raise NSAError(f"--temperature must not be negative, got {args.temperature}")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise NSAError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
+    if args.top_k is not None and args.top_k < 1:
+        raise NSAError(f"--top-k must be at least 1, got {args.top_k}")
+    if args.repetition_penalty is not None and args.repetition_penalty <= 0:
+        raise NSAError(f"--repetition-penalty must be above 0, got {args.repetition_penalty}")
     sampling = {
         name: getattr(args, name)
         for name in ("temperature", "top_p", "top_k", "repetition_penalty")

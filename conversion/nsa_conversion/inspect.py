@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import functools
 import html
 import io
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -23,13 +23,12 @@ from .diagnosis import _as_mask, _chunks, _hooked, _query_key_value, block_mass,
 from .errors import NSAError
 from .evaluate import default_device
 from .parsing import Parser
-from .plots import _canvas, plot_heatmaps, require_matplotlib
+from .plots import plot_block_maps, plot_heatmaps, require_matplotlib
 from .sources import load_model
 
 __all__ = ["Inspection", "inspect_text", "main"]
 
-# Rows of a picture, and panels of one.
-_MAX_ROWS, _MAX_PANELS = 400, 12
+_MAX_PANELS = 12
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 66em; margin: 2em auto; padding: 0 1em; color: #222; }
 h2 { margin-top: 2em; border-bottom: 1px solid #ddd; }
@@ -50,6 +49,7 @@ class Inspection:
         gates: mean over the tokens of the gates (compressed, selected, window), [HQ, 3].
         importance: score that the selection goes by, as a share of the row, mean over heads, [T, S].
         mass: share of the dense attention mass, mean over heads, [T, S].
+        kept: share of the dense attention mass inside the blocks that a head selects, mean over heads, [T].
     """
 
     config: object
@@ -59,6 +59,7 @@ class Inspection:
     gates: list[torch.Tensor]
     importance: list[torch.Tensor]
     mass: list[torch.Tensor]
+    kept: list[torch.Tensor]
 
     @property
     def tokens(self) -> int:
@@ -78,41 +79,63 @@ class Inspection:
             "window": (window / size).clamp(0, 1),
         }
 
-    def html(self, title: str) -> str:
-        """The page."""
-        middle = len(self.layers) // 2
+    def draw_masks(self, path: str | Path | BinaryIO, layer: int | None = None) -> None:
+        """Draw `masks` as PNG into a file; by default of the sparse layer in the middle."""
+        masks = self.masks(len(self.layers) // 2 if layer is None else layer)
+        plot_block_maps(masks, path, block_size=self.config.select_block_size)
+
+    def draw_selection(self, path: str | Path | BinaryIO) -> None:
+        """Draw which blocks the layers choose, a dozen of them at most."""
         shown = sorted({round(i) for i in torch.linspace(0, len(self.layers) - 1, _MAX_PANELS).tolist()})
+        panels = {f"layer {self.layers[i]}": self.selected[i] for i in shown}
+        plot_block_maps(panels, path, block_size=self.config.select_block_size)
 
-        def maps(panels, columns=3):
-            return _figure(functools.partial(_draw_maps, panels, size=self.config.select_block_size, columns=columns))
+    def draw_importance(self, path: str | Path | BinaryIO) -> None:
+        """Draw square roots of importance and dense attention mass in the first, the middle and the last layer."""
+        panels = {
+            f"layer {self.layers[i]}, {name}": rows[i].sqrt()
+            for i in sorted({0, len(self.layers) // 2, len(self.layers) - 1})
+            for name, rows in (("importance", self.importance), ("dense mass", self.mass))
+        }
+        plot_block_maps(panels, path, block_size=self.config.select_block_size, columns=2)
 
+    def draw_gates(self, path: str | Path | BinaryIO) -> None:
+        """Draw the mean gates by layer and head."""
         gates = {
             name: [layer[:, branch].tolist() for layer in self.gates]
             for branch, name in enumerate(("compressed", "selected", "window"))
         }
+        plot_heatmaps(gates, path, x_label="query head", y_label="sparse layer")
+
+    def draw_query(self, path: str | Path | BinaryIO, token: int = -1) -> None:
+        """Draw which blocks one query reads in every layer, beside the dense attention mass (square roots)."""
+        panels = {
+            "share of the key/value heads that select it": torch.stack([rows[token] for rows in self.selected]),
+            "dense attention mass, square root": torch.stack([rows[token] for rows in self.mass]).sqrt(),
+        }
+        panels = {name: rows.tolist() for name, rows in panels.items()}
+        plot_heatmaps(panels, path, x_label="block", y_label="sparse layer", limits=(0, 1))
+
+    def html(self, title: str) -> str:
+        """The page."""
         reach = self.config.num_selected_blocks * self.config.select_block_size
+        middle = self.layers[len(self.layers) // 2]
         parts = [
             f"<p>{self.tokens:,} tokens in {len(self.pieces):,} blocks of {self.config.select_block_size}, "
             f"{len(self.layers)} sparse layers. Up to {reach:,} tokens the selection holds every block.</p>",
-            f"<h2>The three masks</h2><p>What each branch lets a query see in layer {self.layers[middle]}: share of a "
+            f"<h2>The three masks</h2><p>What each branch lets a query see in layer {middle}: share of a "
             "block's tokens, for the selected branch times the share of key/value heads that select the block.</p>",
-            maps(self.masks(middle)),
+            _figure(self.draw_masks),
             "<h2>Which blocks each layer chooses</h2><p>Share of the key/value heads that select a block.</p>",
-            maps({f"layer {self.layers[i]}": self.selected[i] for i in shown}),
+            _figure(self.draw_selection),
             "<h2>Importance and dense attention</h2><p>What the selection goes by, beside the attention mass that a "
             "dense layer would give: share of the row, mean over heads, square roots for contrast.</p>",
-            maps(
-                {
-                    f"layer {self.layers[i]}, {name}": rows[i].sqrt()
-                    for i in sorted({0, middle, len(self.layers) - 1})
-                    for name, rows in (("importance", self.importance), ("dense mass", self.mass))
-                },
-                columns=2,
-            ),
+            _figure(self.draw_importance),
             "<h2>Gates</h2><p>Mean over the tokens.</p>",
-            _figure(functools.partial(plot_heatmaps, gates, x_label="query head", y_label="sparse layer")),
+            _figure(self.draw_gates),
             "<h2>What the last token reads</h2><p>The darker a block, the more layers and heads select it.</p>",
             self._last_token(),
+            _figure(self.draw_query),
         ]
         head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
         body = "\n".join([f"<h1>{html.escape(title)}</h1>", *parts])
@@ -132,26 +155,6 @@ def _figure(draw):
     png = io.BytesIO()
     draw(png)
     return f'<p><img src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}" alt=""></p>'
-
-
-def _draw_maps(panels, path, size, columns):
-    """Matrices [T, S] side by side on one scale from 0 to 1; of many queries every so many are drawn."""
-    lines = -(-len(panels) // columns)
-    figure = _canvas(1 + 2.6 * columns, 2.5 * lines)
-    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
-    for axes, (title, matrix) in zip(grid.flat, panels.items()):
-        tokens, blocks = matrix.shape
-        rows = matrix[:: -(-tokens // _MAX_ROWS)]
-        where = {"extent": (0, blocks * size, tokens, 0), "aspect": "auto", "interpolation": "nearest"}
-        image = axes.imshow(rows, vmin=0, vmax=1, cmap="viridis", **where)
-        axes.set_title(title, fontsize=8, loc="left")
-        axes.tick_params(labelsize=7)
-    figure.supxlabel("token that is read", fontsize=8)
-    figure.supylabel("query", fontsize=8)
-    figure.colorbar(image, ax=list(grid.flat[: len(panels)]), shrink=0.8).ax.tick_params(labelsize=7)
-    figure.savefig(path)
 
 
 @torch.no_grad()
@@ -176,21 +179,24 @@ def inspect_text(model, tokenizer, text: str, *, length: int | None = None) -> I
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :length].to(model.device)
     if ids.shape[1] < config.compress_block_size:
         raise NSAError(f"the text has {ids.shape[1]} tokens; at least {config.compress_block_size} are needed")
-    found = {name: {} for name in ("selected", "gates", "importance", "mass")}
+    found = {name: {} for name in ("selected", "gates", "importance", "mass", "kept")}
     blocks = -(-ids.shape[1] // config.select_block_size)
 
     def record(layer, attention, kwargs, outputs):
         _, _, chosen, gates = outputs
         q, k, _ = _query_key_value(attention, kwargs["hidden_states"], kwargs["position_embeddings"])
-        found["selected"][layer] = _as_mask(chosen[0], blocks).float().mean(1).cpu()
+        chosen = _as_mask(chosen[0], blocks)
+        found["selected"][layer] = chosen.float().mean(1).cpu()
         found["gates"][layer] = gates[0].float().mean(0).cpu()
         scores = _importance(attention, q, blocks, **kwargs)
         found["importance"][layer] = (scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)).mean(1).cpu()
-        mass = torch.zeros(ids.shape[1], blocks)
+        mass, kept = torch.zeros(ids.shape[1], blocks), torch.zeros(ids.shape[1])
+        of_query_heads = chosen.repeat_interleave(q.shape[2] // chosen.shape[1], dim=1)
         for start, stop in _chunks(0, ids.shape[1], q.shape[2] * ids.shape[1]):
-            part = block_mass(q[0], k[0], start, stop, config.select_block_size, attention.scaling).mean(1)
-            mass[start:stop, : part.shape[1]] = part.cpu()
-        found["mass"][layer] = mass
+            part = block_mass(q[0], k[0], start, stop, config.select_block_size, attention.scaling)  # [c, HQ, S]
+            mass[start:stop, : part.shape[2]] = part.mean(1).cpu()
+            kept[start:stop] = (part * of_query_heads[start:stop, :, : part.shape[2]]).sum(-1).mean(1).cpu()
+        found["mass"][layer], found["kept"][layer] = mass, kept
 
     with _hooked(model, record):
         model.get_decoder()(ids, use_cache=False)
@@ -242,6 +248,8 @@ def main(argv: list[str]) -> int:
     """
     args = _parser().parse_args(argv)
     output = Path(args.output)
+    if output.is_dir():
+        raise NSAError(f"--output {output} is a directory; name a file in it")
     if output.exists() and not args.overwrite:
         raise NSAError(f"--output {output} exists; choose another file or add --overwrite")
     if not output.absolute().parent.is_dir():

@@ -6,15 +6,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .errors import NSAError
 
-__all__ = ["bucket_label", "plot_bars", "plot_heatmaps", "plot_loss_curve", "plot_position_loss", "require_matplotlib"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "bucket_label",
+    "plot_bars",
+    "plot_block_maps",
+    "plot_heatmaps",
+    "plot_loss_curve",
+    "plot_position_loss",
+    "require_matplotlib",
+]
 
 # Okabe-Ito: told apart by colour-blind readers and in grey print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+MAX_ROWS = 400  # of a picture
 
 
 def require_matplotlib() -> None:
@@ -180,7 +192,36 @@ def plot_heatmaps(
                 for x, number in enumerate(row):
                     dark = number < (low + high) / 2
                     axes.text(x, y, f"{number:.2f}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
-    figure.colorbar(image, ax=list(grid.flat[: len(panels)]), shrink=0.8).ax.tick_params(labelsize=7)
+    figure.colorbar(image, ax=list(grid.flat[: len(panels)]), shrink=0.8, aspect=20 * lines).ax.tick_params(labelsize=7)
+    figure.savefig(path)
+
+
+def plot_block_maps(
+    panels: Mapping[str, torch.Tensor], path: str | Path | BinaryIO, *, block_size: int, columns: int = 3
+) -> None:
+    """Draw what queries see of each block of keys, side by side, on one scale from 0 to 1.
+
+    Args:
+        panels: title -> shares, [queries, blocks]; of many queries every so many are drawn.
+        path: the PNG to write, or a binary file.
+        block_size: tokens in a block.
+        columns: panels in a row.
+    """
+    lines = -(-len(panels) // columns)
+    figure = _canvas(1 + 2.6 * columns, 2.5 * lines)
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (title, matrix) in zip(grid.flat, panels.items()):
+        tokens, blocks = matrix.shape
+        rows = matrix[:: -(-tokens // MAX_ROWS)]
+        where = {"extent": (0, blocks * block_size, tokens, 0), "aspect": "auto", "interpolation": "nearest"}
+        image = axes.imshow(rows, vmin=0, vmax=1, cmap="viridis", **where)
+        axes.set_title(title, fontsize=8, loc="left")
+        axes.tick_params(labelsize=7)
+    figure.supxlabel("token that is read", fontsize=8)
+    figure.supylabel("query", fontsize=8)
+    figure.colorbar(image, ax=list(grid.flat[: len(panels)]), shrink=0.8, aspect=20 * lines).ax.tick_params(labelsize=7)
     figure.savefig(path)
 
 

@@ -35,12 +35,18 @@ img { max-width: 100%; }
 
 
 class Table(NamedTuple):
-    """Cells of a table; `summary` is a last row set apart."""
+    """Cells of a table; `summary` is a last row set apart. Prints as text, and shows as HTML in a notebook."""
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     summary: Sequence[str] | None = None
+
+    def __repr__(self) -> str:
+        return f"{self.title}\n{format_table(*self[1:])}"
+
+    def _repr_html_(self) -> str:
+        return _html_table(self)
 
 
 class Section(NamedTuple):
@@ -158,7 +164,7 @@ class EvaluationReport:
         parts = []
         for section in self.sections():
             parts.append(f"{section.title}\n{section.about}")
-            parts += [f"{table.title}\n{format_table(*table[1:])}" for table in section.tables]
+            parts += map(repr, section.tables)
         return "\n\n".join(parts)
 
     def html(self) -> str:

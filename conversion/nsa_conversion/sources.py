@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find a checkpoint (directory, hub id or GGUF file), refuse what is unsafe, and read its tensors one by one."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -561,6 +562,39 @@ def _tokenizer_files(directory) -> Iterator[Path]:
             yield directory / name
 
 
+def find_model(name):
+    """Find the directory of a model that was saved by `save_pretrained`.
+
+    Args:
+        name (str | Path): a directory or hub id.
+
+    Returns:
+        Path | None: the directory, which has a configuration; None for a hub id.
+
+    Raises:
+        NSAError: neither of them, or the directory holds no model.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _read_config(str(name), path)
+        return path
+    if not _HUB_ID.fullmatch(str(name)):
+        raise NSAError(f"model {str(name)!r} does not exist. Give a directory, a .gguf file or a hub id (owner/name).")
+    return None
+
+
+@contextlib.contextmanager
+def load_errors(name):
+    """Turn what `from_pretrained` raises for the model `name` into an NSAError of one line."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
+        raise NSAError(f"model {str(name)!r} cannot be loaded: {error}") from error
+
+
 def load_model(name, *, dtype=None, device=None, trust_remote_code=False, revision=None):
     """Load a causal language model, dense or NSA, and its tokenizer.
 
@@ -579,8 +613,6 @@ def load_model(name, *, dtype=None, device=None, trust_remote_code=False, revisi
         NSAError: nothing there, or it cannot be loaded.
     """
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
 
     import modeling_nsa  # noqa: F401 - registers the NSA model type
 
@@ -592,21 +624,14 @@ def load_model(name, *, dtype=None, device=None, trust_remote_code=False, revisi
         if dtype not in (None, "auto"):
             model.to(dtype)
         return _place(model, device).eval(), load_tokenizer(source)
-    path = Path(name).expanduser()
-    if not path.is_dir() and not _HUB_ID.fullmatch(str(name)):
-        raise NSAError(f"model {str(name)!r} does not exist. Give a directory, a .gguf file or a hub id (owner/name).")
-    if path.is_dir():
-        _read_config(str(name), path)
-    where = str(path) if path.is_dir() else str(name)
+    where = str(find_model(name) or name)
     kwargs = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
-    try:
+    with load_errors(name):
         model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **kwargs)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
-        raise NSAError(f"model {str(name)!r} cannot be loaded: {error}") from error
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **kwargs)
     except (OSError, ValueError) as error:
-        if path.is_dir() and any(_tokenizer_files(path)):
+        if Path(where).is_dir() and any(_tokenizer_files(Path(where))):
             raise NSAError(f"the tokenizer of {str(name)!r} cannot be loaded: {error}") from error
         tokenizer = None
     return _place(model, device).eval(), tokenizer
