@@ -19,10 +19,11 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .compressed import head_dims, strides, visible_blocks
 from .library import define
-from .selection import choose_blocks, fold_sizes, fold_tile
+from .selection import choose_blocks, fold_sizes, fold_tile, store_forced
 from .triton_common import (
     LOG2E,
     NEGATIVE,
@@ -48,10 +49,10 @@ __all__ = ["decode_attention"]
 _RESIDENT = 2
 # Splits of one branch: the kernels that join them hold their statistics at once.
 _MAX_SPLITS = 128
-# Widest row of importances that the top-n holds in registers; longer rows are read again and again.
+# Widest row of importances whose blocks are ranked by comparing them with each other; longer rows are bisected.
 _MAX_WIDTH = 4096
-# Importances joined at once, over the heads of a group.
-_JOINED = 16384
+# Importances joined at once, over the heads of a group, and outputs of splits.
+_JOINED = 8192
 # Arguments that change with the number of tokens: a kernel is not compiled anew for each kind of value.
 _VARYING = ["q_offset", "T", "C", "TW", "S", "tiles", "splits", "all_splits"]
 
@@ -139,6 +140,7 @@ def _compute(
     config, config_single = (_config(D, DV, q.dtype, tile["BLOCK_M"]) for tile in (rows, single))
     fold = fold_sizes(compress_block_size, compress_stride, select_block_size, narrowest=config["BLOCK_N"])
     S = cdiv(k.shape[1], select_block_size)
+    padded = 16 * cdiv(S, 16)  # rows start where 16-byte loads can
     tiles = cdiv(S, fold["OUT"])
     query_tiles = cdiv(T, rows["TILE"])
     window_tiles = cdiv(min(window_size - 1 + T, k_win.shape[1]), config["BLOCK_N"])
@@ -153,7 +155,7 @@ def _compute(
     floats = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     lse, parts = floats(B, T, HQ, all_splits), floats(B, T, HQ, all_splits, DV)
     # every head's importances, each tile of them relative to its peak
-    imp, peak, joined = floats(B, T, HQ, S), floats(B, T, HQ, tiles), floats(B, T, H, S)
+    imp, peak, joined = floats(B, T, HQ, padded), floats(B, T, HQ, tiles), floats(B, T, H, padded)
 
     by_tensor = q_offset_tensor is not None
     where = {
@@ -168,35 +170,37 @@ def _compute(
     shapes = {"G": G, **head_dims(q, "D"), **head_dims(v, "DV"), "PRECISION": precision(q.dtype), "scale": scale}
     compression = {"SIZE": compress_block_size, "STRIDE": compress_stride, "RATIO": fold["RATIO"], "OUT": fold["OUT"]}
     forced = {"N": num_selected_blocks, "INITIAL": num_initial_blocks, "LOCAL": num_local_blocks}
-    free = num_selected_blocks > num_initial_blocks + num_local_blocks
-    counts = {"C": k_cmp.shape[1], "S": S, "tiles": tiles, "splits": splits, "all_splits": all_splits}
+    chosen_freely = num_selected_blocks - num_initial_blocks - num_local_blocks
+    counts = {"C": k_cmp.shape[1], "S": padded, "tiles": tiles, "splits": splits, "all_splits": all_splits}
+    chained = {"PDL": _overlaps(q.device), "launch_pdl": _overlaps(q.device)}
 
     _partial_kernel[(H * rows["GROUPS"] * query_tiles, B, first_splits)](
         q, k_cmp, v_cmp, k_win, v_win, parts, lse, imp, peak, *strides(q, k_cmp, v_cmp, k_win, v_win),
         TW=k_win.shape[1], query_tiles=query_tiles, **counts, **where, **shapes, **compression, **rows,
-        COLUMNS=fold["COLUMNS"], HALO=fold["HALO"], W=window_size, RING=window_ring, FOLD=free,
-        **{**config, "BLOCK_N": fold["BLOCK_N"]},
+        COLUMNS=fold["COLUMNS"], HALO=fold["HALO"], W=window_size, RING=window_ring, FOLD=chosen_freely > 0,
+        **{**config, "BLOCK_N": fold["BLOCK_N"]}, PDL=_overlaps(q.device),
     )  # fmt: skip
     width = next((x for x in (128, 512, 1024, _MAX_WIDTH) if x >= S), _MAX_WIDTH)
     heads = next_power_of_2(G)
     joining = max(16, min(width, _JOINED // heads))
     _merge_kernel[(T, H, B)](
         lse, imp, peak, joined, block_indices, **counts, **where, **compression, **forced, BLOCKS=select_block_size,
-        G=G, HEADS=heads, SPLITS=next_power_of_2(splits), JOINED=joining,
-        WIDTH=width, HELD=width >= S, WIDTH_OUT=next_power_of_2(num_selected_blocks),
-        num_warps=max(4, min(8, heads * joining // 1024)), enable_fp_fusion=True,
+        G=G, HEADS=heads, SPLITS=next_power_of_2(splits), JOINED=joining, WIDTH=width, HELD=width >= S,
+        GROUP=max(8, width // 128), FREE=next_power_of_2(max(1, chosen_freely)),
+        WIDTH_OUT=next_power_of_2(num_selected_blocks), num_warps=max(4, min(8, heads * joining // 1024)),
+        enable_fp_fusion=True, **chained,
     )  # fmt: skip
     _selected_kernel[(chosen_splits, T * H * single["GROUPS"], B)](
         q, k, v, block_indices, parts, lse, *strides(q, k, v), first_split=first_splits, all_splits=all_splits,
         splits=chosen_splits, **where, **shapes, **single, N=num_selected_blocks, BLOCKS=select_block_size,
-        **config_single,
+        **config_single, **chained,
     )  # fmt: skip
     parts_tile = next_power_of_2(all_splits)
     _combine_kernel[(HQ, T, B)](
         parts, lse, g_cmp, g_slc, g_win, o, *g_cmp.stride(), *g_slc.stride(), *g_win.stride(), HQ, T,
         splits, window_splits, all_splits, DV=DV, SPLITS=parts_tile,
-        TILE=min(parts_tile, _JOINED // 2 // next_power_of_2(DV)), BLOCK=next_power_of_2(DV), num_warps=4,
-        enable_fp_fusion=True,
+        TILE=min(parts_tile, _JOINED // next_power_of_2(DV)), BLOCK=next_power_of_2(DV), num_warps=4,
+        enable_fp_fusion=True, **chained,
     )  # fmt: skip
     return o, block_indices
 
@@ -214,6 +218,19 @@ _attention = define(
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return 2 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel can be launched while the one before it still runs, and wait for it by itself."""
+    return not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def _wait_for_the_kernel_before(PDL: tl.constexpr):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 def _splits(tiles: int, programs: int, device: torch.device) -> int:
@@ -291,7 +308,7 @@ def _partial_kernel(
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
     RATIO: tl.constexpr, COLUMNS: tl.constexpr, HALO: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr,
     RING: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, GT: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of queries to a share of the compressed blocks, with their importances, or of the window.
 
@@ -301,6 +318,8 @@ def _partial_kernel(
 
     Grid: (H * GROUPS * query_tiles, B, splits + splits of the window), the long shares first.
     """
+    if PDL:
+        gdc_launch_dependents()
     i_tile, i_b, i_split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     start = i_tile % query_tiles * TILE
     i_h, i_g = i_tile // query_tiles // GROUPS, i_tile // query_tiles % GROUPS
@@ -377,16 +396,18 @@ def _merge_kernel(
     OFFSET: tl.constexpr, LEFTPAD: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr,
     OUT: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
     G: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr, JOINED: tl.constexpr, WIDTH: tl.constexpr,
-    HELD: tl.constexpr, WIDTH_OUT: tl.constexpr,
+    HELD: tl.constexpr, GROUP: tl.constexpr, FREE: tl.constexpr, WIDTH_OUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Importances of a query, summed over splits and the heads of a group, and its block indices.
 
     Grid: (T, H, B)
     """
+    _wait_for_the_kernel_before(PDL)
     i_q, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     pos0, _ = _first_position(i_b, q_offset, leftpad_ptr, stride_offset, OFFSET, LEFTPAD)
     position = pos0 + i_q
     out_row = (i_b * T + i_q) * tl.num_programs(1) + i_h
+    stop = position // BLOCKS - LOCAL + 1
     if (N > INITIAL + LOCAL) & (position >= N * BLOCKS):
         head = tl.arange(0, HEADS)
         mask_head = head < G
@@ -403,7 +424,6 @@ def _merge_kernel(
 
         blocks = visible_blocks(pos0 + T - 1, C, SIZE, STRIDE)
         known = _live_tiles(blocks, tiles, SIZE, STRIDE, RATIO, OUT) * OUT
-        stop = position // BLOCKS - LOCAL + 1
         for j0 in range(0, stop, JOINED):
             offs_j = j0 + tl.arange(0, JOINED)
             mask_j = mask_head[:, None] & (offs_j < tl.minimum(stop, known))[None, :]
@@ -413,10 +433,55 @@ def _merge_kernel(
             tl.store(joined_ptr + out_row * S + offs_j, imp, mask=offs_j < stop)
         tl.debug_barrier()
     every = tl.zeros([1], dtype=tl.int64)
-    choose_blocks(
-        joined_ptr + out_row * S + every, out_ptr + out_row * N + every, position + every.to(tl.int32), every == 0,
-        BLOCKS, N, INITIAL, LOCAL, 1, WIDTH, HELD, True, WIDTH_OUT,
-    )  # fmt: skip
+    joined_ptr += out_row * S
+    out_ptr += out_row * N
+    here = position + every.to(tl.int32)
+    if HELD:
+        store_forced(out_ptr + every, here, every == 0, BLOCKS, N, INITIAL, LOCAL, WIDTH_OUT)
+        if (N > INITIAL + LOCAL) & (position >= N * BLOCKS):
+            _choose_by_rank(joined_ptr, out_ptr + INITIAL, stop, N - INITIAL - LOCAL, INITIAL, WIDTH, GROUP, FREE)
+    else:
+        choose_blocks(
+            joined_ptr + every, out_ptr + every, here, every == 0, BLOCKS, N, INITIAL, LOCAL, 1, WIDTH, HELD, WIDTH_OUT
+        )
+
+
+@triton.jit
+def _choose_by_rank(
+    imp_ptr, out_ptr, stop, WANTED: tl.constexpr, INITIAL: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
+    FREE: tl.constexpr,
+):  # fmt: skip
+    """Store the WANTED most important blocks of INITIAL … stop - 1 in ascending order; equals: the smaller index.
+
+    None of them lies outside the WANTED groups of GROUP neighbours whose maxima are highest. All pairs of groups, then
+    all pairs of blocks in those groups are compared, which takes a few steps where a bisection takes thirty.
+    """
+    GROUPS: tl.constexpr = WIDTH // GROUP
+    offs_g, offs_i = tl.arange(0, GROUPS), tl.arange(0, GROUP)
+    best = tl.max(_candidates(imp_ptr, offs_g[:, None] * GROUP + offs_i[None, :], stop, INITIAL), 1)
+    place = _places(best, offs_g)
+    # the group at each place; a place behind them all takes none
+    offs_f = tl.arange(0, FREE)
+    kept = tl.sum(tl.where((place[None, :] == offs_f[:, None]) & (offs_f < WANTED)[:, None], offs_g[None, :] + 1, 0), 1)
+    first = tl.where(kept > 0, (kept - 1) * GROUP, WIDTH)
+    block = tl.reshape(first[:, None] + offs_i[None, :], [FREE * GROUP])
+    chosen = _places(_candidates(imp_ptr, block, tl.minimum(stop, WIDTH), INITIAL), block) < WANTED
+    before = tl.sum(((block[None, :] < block[:, None]) & chosen[None, :]).to(tl.int32), 1)
+    tl.store(out_ptr + before, block, mask=chosen)
+
+
+@triton.jit
+def _candidates(imp_ptr, block, stop, INITIAL: tl.constexpr):
+    """Importances of blocks, -1 where one is no candidate."""
+    return tl.load(imp_ptr + block, mask=(block >= INITIAL) & (block < stop), other=-1.0)
+
+
+@triton.jit
+def _places(value, index):
+    """Number of items that go before each: those of higher value, and of equals those of smaller index."""
+    higher = value[None, :] > value[:, None]
+    earlier = (value[None, :] == value[:, None]) & (index[None, :] < index[:, None])
+    return tl.sum((higher | earlier).to(tl.int32), 1)
 
 
 @triton.jit(do_not_specialize=[*_VARYING, "first_split"])
@@ -427,12 +492,13 @@ def _selected_kernel(
     OFFSET: tl.constexpr, LEFTPAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr,
     BLOCKS: tl.constexpr, TILE: tl.constexpr, GT: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query to a share of its chosen blocks.
 
     Grid: (splits, T * H * GROUPS, B)
     """
+    _wait_for_the_kernel_before(PDL)
     i_split, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     i_g, i_t = tl.program_id(1) % GROUPS, tl.program_id(1) // GROUPS % T
     i_h, heads = tl.program_id(1) // GROUPS // T, tl.num_programs(1) // GROUPS // T
@@ -472,7 +538,7 @@ def _combine_kernel(
     parts_ptr, lse_ptr, g_cmp_ptr, g_slc_ptr, g_win_ptr, o_ptr,
     stride_gcb, stride_gct, stride_gch, stride_gsb, stride_gst, stride_gsh, stride_gwb, stride_gwt, stride_gwh,
     HQ, T, splits_cmp, splits_win, splits,
-    DV: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    DV: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Join the splits of each branch of one head of one query, and add up the gated branches.
 
@@ -480,6 +546,7 @@ def _combine_kernel(
 
     Grid: (HQ, T, B)
     """
+    _wait_for_the_kernel_before(PDL)
     i_head, i_t, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = (i_b * T + i_t) * HQ + i_head
     parts_ptr += row * splits * DV

@@ -321,35 +321,6 @@ def _ranks(imp_ptrs, start, stop, WIDTH: tl.constexpr, INITIAL: tl.constexpr):
     return imp.to(tl.int32, bitcast=True)
 
 
-@triton.jit
-def _narrow(held, low, high, wanted):
-    """Count the ranks above seven steps between `low` and `high` at once.
-
-    Returns:
-        middle: `[ROWS]`, the highest step that at least `wanted` ranks reach, else the lowest.
-        high: `[ROWS]`, the bound that comes with it.
-        count: `[ROWS]`, ranks that reach `middle`.
-    """
-    step = (high - low + 7) // 8
-    first = tl.zeros(held.shape, dtype=tl.int64)
-    second = first
-    for i in tl.static_range(4):
-        first += (held >= (low + (i + 1) * step)[:, None]).to(tl.int64) << (16 * i)
-    for i in tl.static_range(3):
-        second += (held >= (low + (i + 5) * step)[:, None]).to(tl.int64) << (16 * i)
-    first, second = tl.sum(first, 1), tl.sum(second, 1)
-    count = (first & 0xFFFF).to(tl.int32)
-    reached = tl.full(low.shape, 1, dtype=tl.int32)
-    for i in tl.static_range(1, 7):
-        packed = first if i < 4 else second
-        this = ((packed >> (16 * (i % 4))) & 0xFFFF).to(tl.int32)
-        count = tl.where(this >= wanted, this, count)
-        reached = tl.where(this >= wanted, i + 1, reached)
-    # a row whose lowest step is not reached goes on below it
-    above = tl.minimum(high, low + (reached + 1) * step)
-    return low + reached * step, tl.where(count >= wanted, above, high), count
-
-
 @triton.jit(do_not_specialize=_VARYING)
 def _topn_kernel(
     imp_ptr, out_ptr, stride_it, stride_ih, stride_ob, stride_ot, stride_oh,
@@ -373,15 +344,14 @@ def _topn_kernel(
     out_ptrs = out_ptr + i_b * stride_ob + (row0 + start + offs_r) * stride_ot + i_head * stride_oh
     offs_imp = (tl.program_id(1) * TILE + offs_r).to(tl.int64) * stride_it + tl.program_id(2) * stride_ih
     choose_blocks(
-        imp_ptr + offs_imp, out_ptrs, position, mask_r, BLOCKS, N, INITIAL, LOCAL, ROWS, WIDTH, HELD, False, WIDTH_OUT
+        imp_ptr + offs_imp, out_ptrs, position, mask_r, BLOCKS, N, INITIAL, LOCAL, ROWS, WIDTH, HELD, WIDTH_OUT
     )  # fmt: skip
 
 
 @triton.jit
 def choose_blocks(
     imp_ptrs, out_ptrs, position, mask_r, BLOCKS: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr,
-    LOCAL: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HELD: tl.constexpr, SHARED: tl.constexpr,
-    WIDTH_OUT: tl.constexpr,
+    LOCAL: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HELD: tl.constexpr, WIDTH_OUT: tl.constexpr,
 ):  # fmt: skip
     """Store the block indices of ROWS queries: the forced blocks, and the most important ones between them.
 
@@ -390,18 +360,8 @@ def choose_blocks(
         out_ptrs: `[ROWS]`, rows of N block indices.
         position, mask_r: `[ROWS]`, positions of the queries, and which of them exist.
         WIDTH: Importances looked at together; HELD: all that count are among the first WIDTH.
-        SHARED: Many warps share a row, so that a sum costs more than comparisons: fewer, wider steps; WIDTH < 2**16.
     """
-    own = tl.where(position >= 0, position // BLOCKS, -1)
-    searched = mask_r & (own >= N)
-
-    offs_n = tl.arange(0, WIDTH_OUT)[None, :]
-    few = tl.where(offs_n <= own[:, None], offs_n, -1)
-    many = tl.where(offs_n < INITIAL, offs_n, own[:, None] - (N - 1 - offs_n))
-    forced = (offs_n < INITIAL) | (offs_n >= N - LOCAL)
-    mask_out = mask_r[:, None] & (offs_n < N) & (forced | (searched[:, None] == 0))
-    tl.store(out_ptrs[:, None] + offs_n, tl.where(searched[:, None], many, few), mask=mask_out)
-
+    own, searched = store_forced(out_ptrs, position, mask_r, BLOCKS, N, INITIAL, LOCAL, WIDTH_OUT)
     if N > INITIAL + LOCAL:
         wanted: tl.constexpr = N - INITIAL - LOCAL
         stop = tl.where(searched, own - LOCAL + 1, 0)
@@ -415,9 +375,7 @@ def choose_blocks(
             while tl.max(high - low) > 1:
                 middle = low + (high - low) // 2
                 count = tl.zeros([ROWS], dtype=tl.int32)
-                if HELD and SHARED:
-                    middle, high, count = _narrow(held, low, high, wanted)
-                elif HELD:
+                if HELD:
                     count = tl.sum((held >= middle[:, None]).to(tl.int32), 1)
                 else:
                     for j in range(0, end, WIDTH):
@@ -446,6 +404,27 @@ def choose_blocks(
                     equals, taken = _store_chosen(
                         out_ptrs, ranks, j, low, wanted - above, equals, taken, searched, WIDTH, INITIAL
                     )
+
+
+@triton.jit
+def store_forced(
+    out_ptrs, position, mask_r, BLOCKS: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+    WIDTH_OUT: tl.constexpr,
+):  # fmt: skip
+    """Store what needs no importances, see `choose_blocks`: the forced blocks, or all where a query sees at most N.
+
+    Returns:
+        own, searched: `[ROWS]`, the query's own block, and whether others remain to be chosen by importance.
+    """
+    own = tl.where(position >= 0, position // BLOCKS, -1)
+    searched = mask_r & (own >= N)
+    offs_n = tl.arange(0, WIDTH_OUT)[None, :]
+    few = tl.where(offs_n <= own[:, None], offs_n, -1)
+    many = tl.where(offs_n < INITIAL, offs_n, own[:, None] - (N - 1 - offs_n))
+    forced = (offs_n < INITIAL) | (offs_n >= N - LOCAL)
+    mask_out = mask_r[:, None] & (offs_n < N) & (forced | (searched[:, None] == 0))
+    tl.store(out_ptrs[:, None] + offs_n, tl.where(searched[:, None], many, few), mask=mask_out)
+    return own, searched
 
 
 @triton.jit
