@@ -23,7 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .compressed import head_dims, strides, visible_blocks
 from .library import define
-from .selection import choose_blocks, fold_sizes, fold_tile, store_forced
+from .selection import choose_blocks, fold_sizes, fold_tile
 from .triton_common import (
     LOG2E,
     NEGATIVE,
@@ -49,7 +49,7 @@ __all__ = ["decode_attention"]
 _RESIDENT = 2
 # Splits of one branch: the kernels that join them hold their statistics at once.
 _MAX_SPLITS = 128
-# Widest row of importances whose blocks are ranked by comparing them with each other; longer rows are bisected.
+# Widest row of importances that the top-n holds in registers; longer rows are read again and again.
 _MAX_WIDTH = 4096
 # Importances joined at once, over the heads of a group, and outputs of splits.
 _JOINED = 8192
@@ -170,23 +170,22 @@ def _compute(
     shapes = {"G": G, **head_dims(q, "D"), **head_dims(v, "DV"), "PRECISION": precision(q.dtype), "scale": scale}
     compression = {"SIZE": compress_block_size, "STRIDE": compress_stride, "RATIO": fold["RATIO"], "OUT": fold["OUT"]}
     forced = {"N": num_selected_blocks, "INITIAL": num_initial_blocks, "LOCAL": num_local_blocks}
-    chosen_freely = num_selected_blocks - num_initial_blocks - num_local_blocks
+    free = num_selected_blocks > num_initial_blocks + num_local_blocks
     counts = {"C": k_cmp.shape[1], "S": padded, "tiles": tiles, "splits": splits, "all_splits": all_splits}
     chained = {"PDL": _overlaps(q.device), "launch_pdl": _overlaps(q.device)}
 
     _partial_kernel[(H * rows["GROUPS"] * query_tiles, B, first_splits)](
         q, k_cmp, v_cmp, k_win, v_win, parts, lse, imp, peak, *strides(q, k_cmp, v_cmp, k_win, v_win),
         TW=k_win.shape[1], query_tiles=query_tiles, **counts, **where, **shapes, **compression, **rows,
-        COLUMNS=fold["COLUMNS"], HALO=fold["HALO"], W=window_size, RING=window_ring, FOLD=chosen_freely > 0,
+        COLUMNS=fold["COLUMNS"], HALO=fold["HALO"], W=window_size, RING=window_ring, FOLD=free,
         **{**config, "BLOCK_N": fold["BLOCK_N"]}, PDL=_overlaps(q.device),
     )  # fmt: skip
-    width = next((x for x in (128, 512, 1024, _MAX_WIDTH) if x >= S), _MAX_WIDTH)
+    width = next((x for x in (128, 512, 1024, 2048, _MAX_WIDTH) if x >= S), _MAX_WIDTH)
     heads = next_power_of_2(G)
     joining = max(16, min(width, _JOINED // heads))
     _merge_kernel[(T, H, B)](
         lse, imp, peak, joined, block_indices, **counts, **where, **compression, **forced, BLOCKS=select_block_size,
         G=G, HEADS=heads, SPLITS=next_power_of_2(splits), JOINED=joining, WIDTH=width, HELD=width >= S,
-        GROUP=max(8, width // 128), FREE=next_power_of_2(max(1, chosen_freely)),
         WIDTH_OUT=next_power_of_2(num_selected_blocks), num_warps=max(4, min(8, heads * joining // 1024)),
         enable_fp_fusion=True, **chained,
     )  # fmt: skip
@@ -396,7 +395,7 @@ def _merge_kernel(
     OFFSET: tl.constexpr, LEFTPAD: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr,
     OUT: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
     G: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr, JOINED: tl.constexpr, WIDTH: tl.constexpr,
-    HELD: tl.constexpr, GROUP: tl.constexpr, FREE: tl.constexpr, WIDTH_OUT: tl.constexpr, PDL: tl.constexpr,
+    HELD: tl.constexpr, WIDTH_OUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Importances of a query, summed over splits and the heads of a group, and its block indices.
 
@@ -433,55 +432,10 @@ def _merge_kernel(
             tl.store(joined_ptr + out_row * S + offs_j, imp, mask=offs_j < stop)
         tl.debug_barrier()
     every = tl.zeros([1], dtype=tl.int64)
-    joined_ptr += out_row * S
-    out_ptr += out_row * N
-    here = position + every.to(tl.int32)
-    if HELD:
-        store_forced(out_ptr + every, here, every == 0, BLOCKS, N, INITIAL, LOCAL, WIDTH_OUT)
-        if (N > INITIAL + LOCAL) & (position >= N * BLOCKS):
-            _choose_by_rank(joined_ptr, out_ptr + INITIAL, stop, N - INITIAL - LOCAL, INITIAL, WIDTH, GROUP, FREE)
-    else:
-        choose_blocks(
-            joined_ptr + every, out_ptr + every, here, every == 0, BLOCKS, N, INITIAL, LOCAL, 1, WIDTH, HELD, WIDTH_OUT
-        )
-
-
-@triton.jit
-def _choose_by_rank(
-    imp_ptr, out_ptr, stop, WANTED: tl.constexpr, INITIAL: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
-    FREE: tl.constexpr,
-):  # fmt: skip
-    """Store the WANTED most important blocks of INITIAL … stop - 1 in ascending order; equals: the smaller index.
-
-    None of them lies outside the WANTED groups of GROUP neighbours whose maxima are highest. All pairs of groups, then
-    all pairs of blocks in those groups are compared, which takes a few steps where a bisection takes thirty.
-    """
-    GROUPS: tl.constexpr = WIDTH // GROUP
-    offs_g, offs_i = tl.arange(0, GROUPS), tl.arange(0, GROUP)
-    best = tl.max(_candidates(imp_ptr, offs_g[:, None] * GROUP + offs_i[None, :], stop, INITIAL), 1)
-    place = _places(best, offs_g)
-    # the group at each place; a place behind them all takes none
-    offs_f = tl.arange(0, FREE)
-    kept = tl.sum(tl.where((place[None, :] == offs_f[:, None]) & (offs_f < WANTED)[:, None], offs_g[None, :] + 1, 0), 1)
-    first = tl.where(kept > 0, (kept - 1) * GROUP, WIDTH)
-    block = tl.reshape(first[:, None] + offs_i[None, :], [FREE * GROUP])
-    chosen = _places(_candidates(imp_ptr, block, tl.minimum(stop, WIDTH), INITIAL), block) < WANTED
-    before = tl.sum(((block[None, :] < block[:, None]) & chosen[None, :]).to(tl.int32), 1)
-    tl.store(out_ptr + before, block, mask=chosen)
-
-
-@triton.jit
-def _candidates(imp_ptr, block, stop, INITIAL: tl.constexpr):
-    """Importances of blocks, -1 where one is no candidate."""
-    return tl.load(imp_ptr + block, mask=(block >= INITIAL) & (block < stop), other=-1.0)
-
-
-@triton.jit
-def _places(value, index):
-    """Number of items that go before each: those of higher value, and of equals those of smaller index."""
-    higher = value[None, :] > value[:, None]
-    earlier = (value[None, :] == value[:, None]) & (index[None, :] < index[:, None])
-    return tl.sum((higher | earlier).to(tl.int32), 1)
+    choose_blocks(
+        joined_ptr + out_row * S + every, out_ptr + out_row * N + every, position + every.to(tl.int32), every == 0,
+        BLOCKS, N, INITIAL, LOCAL, 1, WIDTH, HELD, WIDTH_OUT,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*_VARYING, "first_split"])

@@ -345,7 +345,7 @@ def _topn_kernel(
     offs_imp = (tl.program_id(1) * TILE + offs_r).to(tl.int64) * stride_it + tl.program_id(2) * stride_ih
     choose_blocks(
         imp_ptr + offs_imp, out_ptrs, position, mask_r, BLOCKS, N, INITIAL, LOCAL, ROWS, WIDTH, HELD, WIDTH_OUT
-    )  # fmt: skip
+    )
 
 
 @triton.jit
@@ -361,7 +361,16 @@ def choose_blocks(
         position, mask_r: `[ROWS]`, positions of the queries, and which of them exist.
         WIDTH: Importances looked at together; HELD: all that count are among the first WIDTH.
     """
-    own, searched = store_forced(out_ptrs, position, mask_r, BLOCKS, N, INITIAL, LOCAL, WIDTH_OUT)
+    own = tl.where(position >= 0, position // BLOCKS, -1)
+    searched = mask_r & (own >= N)
+
+    offs_n = tl.arange(0, WIDTH_OUT)[None, :]
+    few = tl.where(offs_n <= own[:, None], offs_n, -1)
+    many = tl.where(offs_n < INITIAL, offs_n, own[:, None] - (N - 1 - offs_n))
+    forced = (offs_n < INITIAL) | (offs_n >= N - LOCAL)
+    mask_out = mask_r[:, None] & (offs_n < N) & (forced | (searched[:, None] == 0))
+    tl.store(out_ptrs[:, None] + offs_n, tl.where(searched[:, None], many, few), mask=mask_out)
+
     if N > INITIAL + LOCAL:
         wanted: tl.constexpr = N - INITIAL - LOCAL
         stop = tl.where(searched, own - LOCAL + 1, 0)
@@ -371,7 +380,7 @@ def choose_blocks(
                 held = _ranks(imp_ptrs, 0, stop, WIDTH, INITIAL)
             # at least `wanted` candidates rank `low` or higher, fewer rank `high` or higher
             low = tl.zeros([ROWS], dtype=tl.int32)
-            high = tl.where(searched, 0x7F800001, 1)  # above every finite float
+            high = tl.where(searched, 0x7FFFFFFF, 1)
             while tl.max(high - low) > 1:
                 middle = low + (high - low) // 2
                 count = tl.zeros([ROWS], dtype=tl.int32)
@@ -404,27 +413,6 @@ def choose_blocks(
                     equals, taken = _store_chosen(
                         out_ptrs, ranks, j, low, wanted - above, equals, taken, searched, WIDTH, INITIAL
                     )
-
-
-@triton.jit
-def store_forced(
-    out_ptrs, position, mask_r, BLOCKS: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
-    WIDTH_OUT: tl.constexpr,
-):  # fmt: skip
-    """Store what needs no importances, see `choose_blocks`: the forced blocks, or all where a query sees at most N.
-
-    Returns:
-        own, searched: `[ROWS]`, the query's own block, and whether others remain to be chosen by importance.
-    """
-    own = tl.where(position >= 0, position // BLOCKS, -1)
-    searched = mask_r & (own >= N)
-    offs_n = tl.arange(0, WIDTH_OUT)[None, :]
-    few = tl.where(offs_n <= own[:, None], offs_n, -1)
-    many = tl.where(offs_n < INITIAL, offs_n, own[:, None] - (N - 1 - offs_n))
-    forced = (offs_n < INITIAL) | (offs_n >= N - LOCAL)
-    mask_out = mask_r[:, None] & (offs_n < N) & (forced | (searched[:, None] == 0))
-    tl.store(out_ptrs[:, None] + offs_n, tl.where(searched[:, None], many, few), mask=mask_out)
-    return own, searched
 
 
 @triton.jit
