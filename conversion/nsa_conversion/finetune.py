@@ -31,7 +31,16 @@ from transformers.trainer_utils import HubStrategy, get_last_checkpoint
 from transformers.utils import PushInProgress, cached_file, is_accelerate_available, is_peft_available
 
 from .card import write_card
-from .data import PackedRows, PackedRowsCollator, encode_documents, hold_out, pack, read_dataset, read_files
+from .data import (
+    PackedRows,
+    PackedRowsCollator,
+    encode_documents,
+    hold_out,
+    pack,
+    read_dataset,
+    read_files,
+    repeat_passages,
+)
 from .errors import NSAError
 from .hub import MODEL_FILES, hub_errors, push
 from .loss import PositionBucket, format_position_table, loss_by_position, mean_loss, position_edges
@@ -113,6 +122,13 @@ class DataArguments:
     max_length: int = field(
         default=4096,
         metadata={"help": "Tokens per packed row. Must be more than n * l' of the model to exercise its selection."},
+    )
+    repeat_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the long training documents in which a passage is written a second time further on: "
+            "practice for a selection that has to find it again."
+        },
     )
     eval_file: list[str] | None = field(default=None, metadata={"help": "Files to evaluate on; same formats."})
     eval_fraction: float = field(
@@ -257,6 +273,8 @@ def _check_arguments(
         raise NSAError(f"--max-length must be at least 2 tokens, got {data.max_length}")
     if not 0 <= data.eval_fraction < 1:
         raise NSAError(f"--eval-fraction must be at least 0 and less than 1, got {data.eval_fraction}")
+    if not 0 <= data.repeat_share <= 1:
+        raise NSAError(f"--repeat-share must be at least 0 and at most 1, got {data.repeat_share}")
     if data.eval_slices < 0:
         raise NSAError(f"--eval-slices must not be negative, got {data.eval_slices}")
     if lora.lora:
@@ -609,6 +627,8 @@ def _run(
     else:
         encoded, held_out = hold_out(encoded, data.eval_fraction, args.seed)
     rows = pack(encoded, data.max_length)
+    if data.repeat_share:
+        rows = repeat_passages(rows, data.repeat_share, data.max_length // 2, args.seed)
     eval_rows: PackedRows | None = pack(held_out, data.max_length) if held_out else None
     texts = _evaluation_texts(held_out, data.max_length, data.eval_slices)
 
