@@ -17,6 +17,7 @@ import json
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -84,7 +85,7 @@ def run_experiments(
         Results by experiment, as in results.json.
 
     Raises:
-        NSAError: data or settings that cannot work, or an earlier run of other experiments.
+        NSAError: data or settings that cannot work, or, at the end, experiments that failed in training.
     """
     start = time.monotonic()
     output, data, source = Path(output), Path(data), str(source or smollm2_gguf())
@@ -122,6 +123,7 @@ def run_experiments(
 
     if DENSE not in results:
         finish(DENSE, source, {})
+    failed: list[str] = []
     pace = 0.0  # seconds per training token, of the slowest experiment so far
     for name, recipe in recipes.items():
         if name in results:
@@ -136,7 +138,13 @@ def run_experiments(
         say(f"{name}: starts, {tokens:,} training tokens")
         began = time.monotonic()
         training = {"train_file": [str(_training_file(data, output, tokens))]} if tokens else {}
-        model = run_recipe(source, output / name, recipe, **training, **(settings or {}))
+        try:
+            model = run_recipe(source, output / name, recipe, **training, **(settings or {}))
+        except RuntimeError:  # out of memory, a kernel that does not run: the others may do better
+            failed.append(name)
+            traceback.print_exc()
+            say(f"{name}: FAILED")
+            continue
         seconds = time.monotonic() - began
         about: dict[str, Any] = {"training_tokens": tokens, "minutes": seconds / 60, "stages": _stages(output / name)}
         if tokens:
@@ -146,6 +154,8 @@ def run_experiments(
         finish(name, str(model), about)
         if name not in keep:
             shutil.rmtree(output / name)
+    if failed:
+        raise NSAError(f"these experiments failed, as said above: {', '.join(failed)}; the others are in {place}")
     say("done")
     return results
 

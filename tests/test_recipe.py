@@ -100,7 +100,7 @@ def run_experiments(monkeypatch):
     sys.modules.pop("run_experiments", None)
 
 
-def test_experiments_in_one_command(run_experiments, dense, tmp_path, capsys):
+def test_experiments_in_one_command(run_experiments, dense, tmp_path, capsys, monkeypatch):
     text = builtin_text()
     for name, pieces in {
         "train": [text[:3000]],
@@ -128,5 +128,12 @@ def test_experiments_in_one_command(run_experiments, dense, tmp_path, capsys):
     assert run_experiments.main([*command, "--minutes", "0"]) == 0  # what is done is not done again, nothing starts
     assert "both: not started" in capsys.readouterr().out
     assert list(json.loads((tmp_path / "out" / "results.json").read_text())) == list(results)
+
+    def out_of_memory(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(run_experiments, "run_recipe", out_of_memory)
+    assert run_experiments.main([*command, "--minutes", "9"]) == 2
+    assert "these experiments failed, as said above: both" in capsys.readouterr().err
     assert run_experiments.main([*command, "--only", "none"]) == 2
     assert "there are no experiments" in capsys.readouterr().err
