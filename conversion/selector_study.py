@@ -268,8 +268,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "train", "eval", "source")}
     settings |= {"source": Path(source).name, "torch": torch.__version__}
-    with Path(args.output).open("w", encoding="utf-8") as file:
-        json.dump({"settings": settings, "rows": [_rounded(row) for row in rows]}, file, indent=1)
+    lines = ",\n".join(json.dumps(_rounded(row)) for row in rows)
+    text = f'{{\n"settings": {json.dumps(settings)},\n"rows": [\n{lines}\n]\n}}\n'
+    Path(args.output).write_text(text, encoding="utf-8")
     return 0
 
 
