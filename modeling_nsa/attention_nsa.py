@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
@@ -25,7 +26,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from nsa_kernels import compress_mean, compress_mlp, nsa_attention
+from nsa_kernels import compress_mean, compress_mlp, compress_pool, nsa_attention
 
 from .cache_nsa import NSACacheInput
 from .configuration_nsa import NSAConfig
@@ -48,7 +49,8 @@ class NSACompression(nn.Module):
     """φ (eq. 7): pools each block of l keys or values into one, alike for every head.
 
     "mean": mean of the rotated keys; "mlp": MLP over the keys before RoPE, rotated to the block's mean position;
-    "residual_mlp": the sum of both. Values have no RoPE.
+    "residual_mlp": the sum of both; "pool": a mean of the rotated keys whose weights are a softmax over the block of a
+    score made from each key, plus a linear map of it in the frame of the block's mean position. Values have no RoPE.
     """
 
     def __init__(self, config: NSAConfig, head_dim: int):
@@ -59,8 +61,14 @@ class NSACompression(nn.Module):
             "compress_block_size": config.compress_block_size,
             "compress_stride": config.compress_stride,
         }
-        if self.compress_type != "mean":
-            hidden = config.compress_hidden_size or 2 * config.head_dim
+        hidden = config.compress_hidden_size or 2 * config.head_dim
+        if self.compress_type == "pool":
+            self.pos_bias = nn.Parameter(torch.empty(config.compress_block_size))
+            self.w1 = nn.Parameter(torch.empty(hidden, head_dim))
+            self.b1 = nn.Parameter(torch.empty(hidden))
+            self.w2 = nn.Parameter(torch.empty(hidden))
+            self.linear = nn.Parameter(torch.empty(head_dim, head_dim))
+        elif self.compress_type != "mean":
             self.pos_embed = nn.Parameter(torch.empty(config.compress_block_size, head_dim))
             self.w1 = nn.Parameter(torch.empty(hidden, config.compress_block_size * head_dim))
             self.b1 = nn.Parameter(torch.empty(hidden))
@@ -82,6 +90,10 @@ class NSACompression(nn.Module):
         where["backend"] = self.config.nsa_backend
         if self.compress_type == "mean":
             return compress_mean(x_rotated, **where)
+        if self.compress_type == "pool":
+            out = compress_pool(x, x_rotated, self.pos_bias, self.w1, self.b1, self.w2, **where)
+            change = F.linear(out if embeddings is None else _unrotate(out, *embeddings).to(out.dtype), self.linear)
+            return out + (change if embeddings is None else _rotate(change, *embeddings)).to(out.dtype)
         out = compress_mlp(x, self.pos_embed, self.w1, self.b1, self.w2, self.b2, **where)
         if embeddings is not None:
             out = _rotate(out, *embeddings)
@@ -436,8 +448,8 @@ def init_nsa_parameters(module: nn.Module, std: float) -> None:
     """Initialise the parameters that only sparse layers have, in `module` and below.
 
     First layers: normal(0, std). Zero: biases, intra-block embeddings, gate scales, the gates' last layer (every gate
-    starts at exactly 0.5), and φ's last layer where it is added to the mean. The last layer of a pure-MLP φ:
-    normal(0, std).
+    starts at exactly 0.5), and φ's last layers where they are added to the mean or weigh it. The last layer of a
+    pure-MLP φ: normal(0, std).
     """
     for part in module.modules():
         if isinstance(part, NSACompression) and part.compress_type != "mean":
@@ -446,7 +458,8 @@ def init_nsa_parameters(module: nn.Module, std: float) -> None:
                 init.normal_(part.w2, mean=0.0, std=std)
             else:
                 init.zeros_(part.w2)
-            for parameter in (part.pos_embed, part.b1, part.b2):
+            pool = part.compress_type == "pool"
+            for parameter in (part.pos_bias, part.b1, part.linear) if pool else (part.pos_embed, part.b1, part.b2):
                 init.zeros_(parameter)
         elif isinstance(part, NSAGate):
             init.normal_(part.fc1.weight, mean=0.0, std=std)

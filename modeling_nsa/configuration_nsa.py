@@ -19,7 +19,7 @@ __all__ = ["COMPRESS_TYPES", "LAYER_TYPES", "NSAConfig"]
 
 NSA_LAYER_TYPE = "native_sparse_attention"
 LAYER_TYPES = (NSA_LAYER_TYPE, "full_attention", "sliding_attention")
-COMPRESS_TYPES = ("mean", "mlp", "residual_mlp")
+COMPRESS_TYPES = ("mean", "mlp", "residual_mlp", "pool")
 
 # configs read through the base class (Trainer resuming a checkpoint) know only the library's own layer types
 if NSA_LAYER_TYPE not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
@@ -63,7 +63,8 @@ class NSAConfig(PreTrainedConfig):
             d: tokens between the starts of two compression blocks. Divides l and l'.
         compress_type (`str`, defaults to `"residual_mlp"`):
             φ: `"mean"` of the block's (rotated) keys and values, the paper's `"mlp"` over keys before RoPE and values,
-            or `"residual_mlp"`, their sum. One φ for keys and one for values, alike for every head.
+            `"residual_mlp"`, their sum, or `"pool"`, a mean with weights that depend on the content of the block. One φ
+            for keys and one for values, alike for every head.
         compress_hidden_size (`int`, *optional*):
             Hidden units of φ. Defaults to `2 * head_dim`.
         select_block_size (`int`, defaults to 64):

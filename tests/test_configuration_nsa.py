@@ -55,7 +55,7 @@ def test_round_trip_through_auto_config(tmp_path):
         ({"layer_types": ["full_attention"]}, "`layer_types` must have one entry per layer, got 1"),
         ({"no_rope_layers": [1]}, "`no_rope_layers` must have one entry per layer, got 1"),
         ({"layer_types": ["sliding_attention"] * 32}, "`sliding_window` must be a positive number of tokens"),
-        ({"compress_type": "max"}, "`compress_type` must be one of mean, mlp, residual_mlp, got 'max'"),
+        ({"compress_type": "max"}, "`compress_type` must be one of mean, mlp, residual_mlp, pool, got 'max'"),
         ({"nsa_backend": "cuda"}, "`nsa_backend` must be one of auto, triton, reference, got 'cuda'"),
     ],
 )

@@ -93,7 +93,7 @@ def test_logits_are_equal_up_to_the_selected_tokens(tmp_path, arch, shared_kv):
     assert_equal_logits(source, tmp_path / "nsa", tokens=7)
 
 
-@pytest.mark.parametrize("compress_type", ["mean", "mlp", "residual_mlp"])
+@pytest.mark.parametrize("compress_type", ["mean", "mlp", "residual_mlp", "pool"])
 def test_logits_are_equal_for_every_compression(tmp_path, llama, compress_type):
     run(llama, tmp_path / "nsa", compress_type=compress_type)
     assert_equal_logits(llama, tmp_path / "nsa")

@@ -16,6 +16,7 @@ from nsa_conversion.data import (
     read_dataset,
     read_files,
     read_text,
+    repeat_passages,
 )
 from nsa_conversion.errors import NSAError
 
@@ -199,6 +200,24 @@ def test_pack_drops_pieces_of_one_token_and_refuses_nothing():
         pack(documents_of(1, 1), 4)
     with pytest.raises(NSAError, match="max_length must be at least 2 tokens, got 1"):
         pack(documents_of(9), 1)
+
+
+def test_passages_are_repeated_inside_long_documents():
+    rows = pack([np.arange(100), np.arange(200, 400), np.arange(500, 700)], 500)
+    changed = repeat_passages(rows, 1.0, 150, seed=3)
+    before, after = ([piece for row in each.rows for piece in row] for each in (rows, changed))
+    assert [len(piece) for piece in after] == [len(piece) for piece in before]
+    for old, new in zip(before, after):
+        other = np.flatnonzero(old != new)
+        if len(old) < 150:
+            assert not len(other)
+            continue
+        assert 25 <= len(other) <= 66
+        assert (np.diff(other) == 1).all()  # one passage
+        source = int(new[other[0]]) - int(old[0])
+        assert (old[source : source + len(other)] == new[other]).all()
+        assert source + len(other) <= other[0]
+    assert all((a == b).all() for a, b in zip(before, (p for row in repeat_passages(rows, 0.0, 150).rows for p in row)))
 
 
 def test_collator_joins_rows_into_one_sequence_of_documents():

@@ -71,6 +71,9 @@ def test_statistics_are_those_of_dense_attention(monkeypatch):
     torch.testing.assert_close(
         weighted, p_norm.unflatten(-1, (5, 8)).sum(-1).unflatten(0, (2, 2)).sum(1).transpose(0, 1)
     )
+    vectors, _ = dense_statistics(q[positions], k, v, positions, **settings, target="vector")
+    added = torch.einsum("hqsk,hskd->hqsd", p.unflatten(-1, (5, 8)), values.transpose(0, 1).unflatten(1, (5, 8)))
+    torch.testing.assert_close(vectors, added.norm(dim=-1).unflatten(0, (2, 2)).sum(1).transpose(0, 1))
     far = p * (torch.arange(40) <= positions[:, None] - 10)
     renormalised = torch.einsum("hqk,khd->qhd", far, values) / far.sum(-1).T[..., None].clamp(min=1e-30)
     torch.testing.assert_close(outside, renormalised)

@@ -30,7 +30,7 @@ def paper_config(**changes):
 
 
 @pytest.mark.parametrize("shared_kv", [False, True])
-@pytest.mark.parametrize("compress_type", ["mean", "residual_mlp"])
+@pytest.mark.parametrize("compress_type", ["mean", "residual_mlp", "pool"])
 def test_parameters_are_those_of_the_model(shared_kv, compress_type):
     config = small_config(shared_kv=shared_kv, compress_type=compress_type)
     counts = parameter_counts(config)
@@ -45,7 +45,9 @@ def test_parameters_are_those_of_the_model(shared_kv, compress_type):
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 5, 16, 45])
-@pytest.mark.parametrize("changes", [{}, {"shared_kv": True}, {"compress_type": "mean"}, {"compress_type": "mlp"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"shared_kv": True}, {"compress_type": "mean"}, {"compress_type": "mlp"}, {"compress_type": "pool"}]
+)
 def test_cache_bytes_are_what_the_cache_holds(tokens, changes):
     config = small_config(**changes)
     torch.manual_seed(0)

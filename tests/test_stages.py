@@ -62,6 +62,18 @@ def test_warmup_teaches_phi_alone(run, tmp_path):
     assert "`teacher`" not in card
 
 
+def test_warmup_teaches_a_pooling_phi_with_repeated_passages(places, tmp_path):
+    convert(places / "dense", tmp_path / "nsa", progress=False, **SMALL_NSA, compress_type="pool")
+    settings = {"stage": "warmup", "max_steps": 12, "new_parameter_lr": 1e-2, "selector_target": "vector"}
+    settings |= {"train_file": places / "row.txt", "repeat_share": 1.0}
+    finetune(tmp_path / "nsa", tmp_path / "out", **RUN | settings)
+    history = [entry for entry in json.loads((tmp_path / "out" / "log_history.json").read_text()) if "loss" in entry]
+    for term in ("selector_loss", "value_loss"):
+        assert history[-1][term] < 0.95 * history[0][term], term
+    before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("nsa", "out"))
+    assert changed(before, after) == {name for name in before if "compress_" in name}
+
+
 def test_adapt_comes_closer_to_the_teacher(run, places):
     history, before, after = run(
         "out",

@@ -42,6 +42,7 @@ VARIANTS = {
     "hybrid": HYBRID,
     "mean": {"compress_type": "mean"},
     "mlp": {"compress_type": "mlp", "shared_kv": True},
+    "pool": {"compress_type": "pool", "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
     "qwen3-like": {"use_qk_norm": True, "attention_bias": True, "gate_scale": True, "v_head_dim": 12},
     "smollm3-like": {"no_rope_layers": [1, 0]},
     "sliding": {"layer_types": ["sliding_attention", "native_sparse_attention"], "sliding_window": 7},

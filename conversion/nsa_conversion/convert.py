@@ -39,7 +39,7 @@ __all__ = ["CARRIED_FILES", "NSA_SETTINGS", "ConversionReport", "Prepared", "con
 NSA_SETTINGS = {
     "compress_block_size": (int, "l: tokens pooled into one compressed key/value"),
     "compress_stride": (int, "d: distance between two compression blocks; divides l and l'"),
-    "compress_type": (("mean", "mlp", "residual_mlp"), "φ: how a block is compressed"),
+    "compress_type": (("mean", "mlp", "residual_mlp", "pool"), "φ: how a block is compressed"),
     "compress_hidden_size": (int, "hidden size of φ's MLP (2·head_dim if not given)"),
     "select_block_size": (int, "l': tokens in one selectable block"),
     "num_selected_blocks": (int, "n: blocks a query attends to, the forced ones included"),

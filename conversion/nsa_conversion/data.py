@@ -32,6 +32,7 @@ __all__ = [
     "read_dataset",
     "read_files",
     "read_text",
+    "repeat_passages",
 ]
 
 Document = str | list[dict[str, Any]]
@@ -376,6 +377,32 @@ def pack(documents: Iterable[np.ndarray], max_length: int) -> PackedRows:
             rows_by_space[space - size].append(row)
             spaces |= 1 << (space - size)
     return PackedRows([[pieces[index] for index in sorted(row)] for row in sorted(rows, key=min)])
+
+
+def repeat_passages(rows: PackedRows, share: float, shortest: int, seed: int = 0) -> PackedRows:
+    """Copy a passage inside some documents, so that the selection has something to find again.
+
+    A passage of an eighth to a third of the document is written again over a later part of it; lengths stay.
+
+    Args:
+        rows: packed documents.
+        share: of the documents of at least `shortest` tokens that are changed, 0 to 1.
+        shortest: tokens.
+        seed: of the choice.
+    """
+    rng = random.Random(seed)
+
+    def change(tokens):
+        if len(tokens) < shortest or rng.random() >= share:
+            return tokens
+        length = rng.randint(len(tokens) // 8, len(tokens) // 3)
+        start = rng.randint(0, len(tokens) - 2 * length)
+        again = rng.randint(start + length, len(tokens) - length)
+        changed = tokens.copy()
+        changed[again : again + length] = tokens[start : start + length]
+        return changed
+
+    return PackedRows([[change(piece) for piece in row] for row in rows.rows])
 
 
 class PackedRowsCollator:

@@ -36,7 +36,7 @@ __all__ = [
     "sparse_layers",
 ]
 
-SELECTOR_TARGETS = ("mass", "output")
+SELECTOR_TARGETS = ("mass", "output", "vector")
 # Probabilities held at once, in elements.
 _MAX_SCORES = 2**26
 _LOGIT_ROWS = 512
@@ -171,7 +171,8 @@ def dense_statistics(
         select_block_size: l', tokens.
         window_size: w, tokens.
         scale: factor of the scores.
-        target: "mass" sums probabilities, "output" probabilities times the norm of the value.
+        target: "mass" sums probabilities, "output" probabilities times the norm of the value; "vector" takes, per
+            head, the norm of the sum of probabilities times values.
 
     Returns:
         fp32 mass `[Q, H, S]`, summed over the heads of a group, S blocks cover the document; and fp32 `[Q, HQ, DV]`,
@@ -181,14 +182,19 @@ def dense_statistics(
     blocks = -(-tokens // select_block_size)
     q, k, v = q.float().unflatten(1, (heads, -1)), k.float(), v.float()
     norms = v.norm(dim=-1).T[:, None] if target == "output" else 1.0  # [H, 1, T]
+    v_blocks = F.pad(v, (0, 0, 0, 0, 0, blocks * select_block_size - tokens)).unflatten(0, (blocks, -1))
     key = torch.arange(tokens, device=q.device)
     size = max(1, _MAX_SCORES // (q.shape[1] * q.shape[2] * tokens))
     mass, outside = [], []
     for chunk, position in zip(q.split(size), positions.to(q.device)[:, None, None, None].split(size)):
         scores = scale * torch.einsum("qhgd,khd->qhgk", chunk, k)
         p = scores.masked_fill_(key > position, float("-inf")).softmax(dim=-1)
-        weighted = F.pad((p * norms).sum(2), (0, blocks * select_block_size - tokens))
-        mass.append(weighted.unflatten(-1, (blocks, -1)).sum(-1))
+        if target == "vector":
+            by_block = F.pad(p, (0, blocks * select_block_size - tokens)).unflatten(-1, (blocks, -1))
+            mass.append(torch.einsum("qhgsk,skhd->qhgsd", by_block, v_blocks).norm(dim=-1).sum(2))
+        else:
+            weighted = F.pad((p * norms).sum(2), (0, blocks * select_block_size - tokens))
+            mass.append(weighted.unflatten(-1, (blocks, -1)).sum(-1))
         far = p.masked_fill_(key > position - window_size, 0.0)
         far /= far.sum(-1, keepdim=True).clamp(min=torch.finfo(far.dtype).tiny)
         outside.append(torch.einsum("qhgk,khd->qhgd", far, v).flatten(1, 2))

@@ -8,6 +8,7 @@ directory that `AutoModelForCausalLM.from_pretrained` loads; checkpoints, logs a
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import json
@@ -31,12 +32,22 @@ from transformers.utils import PushInProgress, cached_file, is_accelerate_availa
 
 from .card import write_card
 from .context import ContextArguments, ContextTrainerMixin
-from .data import PackedRows, PackedRowsCollator, encode_documents, hold_out, pack, read_dataset, read_files
+from .data import (
+    PackedRows,
+    PackedRowsCollator,
+    encode_documents,
+    hold_out,
+    pack,
+    read_dataset,
+    read_files,
+    repeat_passages,
+)
 from .errors import NSAError
 from .hub import MODEL_FILES, hub_errors, push
 from .loss import PositionBucket, format_position_table, loss_by_position, mean_loss, position_edges
 from .parsing import HelpFormatter
 from .plots import plot_loss_curve, plot_position_loss, require_matplotlib
+from .recipe import Recipe, run_recipe
 from .sources import load_model
 from .stages import StageArguments, StageTrainerMixin, prepare_stage
 
@@ -49,6 +60,7 @@ __all__ = [
     "finetune",
     "main",
     "register_lora_targets",
+    "setting_names",
 ]
 
 logger = logging.getLogger(__name__)
@@ -112,6 +124,13 @@ class DataArguments:
     max_length: int = field(
         default=4096,
         metadata={"help": "Tokens per packed row. Must be more than n * l' of the model to exercise its selection."},
+    )
+    repeat_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the long training documents in which a passage is written a second time further on: "
+            "practice for a selection that has to find it again."
+        },
     )
     eval_file: list[str] | None = field(default=None, metadata={"help": "Files to evaluate on; same formats."})
     eval_fraction: float = field(
@@ -268,6 +287,8 @@ def _check_arguments(
         raise NSAError(f"--max-length must be at least 2 tokens, got {data.max_length}")
     if not 0 <= data.eval_fraction < 1:
         raise NSAError(f"--eval-fraction must be at least 0 and less than 1, got {data.eval_fraction}")
+    if not 0 <= data.repeat_share <= 1:
+        raise NSAError(f"--repeat-share must be at least 0 and at most 1, got {data.repeat_share}")
     if data.eval_slices < 0:
         raise NSAError(f"--eval-slices must not be negative, got {data.eval_slices}")
     if lora.lora:
@@ -637,6 +658,8 @@ def _run(
     else:
         encoded, held_out = hold_out(encoded, data.eval_fraction, args.seed)
     rows = pack(encoded, data.max_length)
+    if data.repeat_share:
+        rows = repeat_passages(rows, data.repeat_share, data.max_length // 2, args.seed)
     eval_rows: PackedRows | None = pack(held_out, data.max_length) if held_out else None
     texts = _evaluation_texts(held_out, data.max_length, data.eval_slices)
 
@@ -733,14 +756,18 @@ def finetune(model: str | Path, output_dir: str | Path, **settings: Any) -> Fine
     for key in ("train_file", "eval_file"):
         if isinstance(settings.get(key), (str, Path)):
             settings[key] = [str(settings[key])]
-    known = {entry.name for group in ARGUMENT_CLASSES for entry in dataclasses.fields(group) if entry.init}
-    unknown = sorted(set(settings) - known)
+    unknown = sorted(set(settings) - setting_names())
     if unknown:
         raise NSAError(f"unknown settings {unknown}; see nsa finetune --help for all of them")
     settings |= {"model": str(model), "output_dir": str(output_dir)}
     if settings.get("dataset") is not None:
         settings["dataset"] = str(settings["dataset"])
     return _run(*HfArgumentParser(ARGUMENT_CLASSES).parse_dict(settings))
+
+
+def setting_names() -> set[str]:
+    """What `finetune` takes beside the model and the output directory."""
+    return {entry.name for group in ARGUMENT_CLASSES for entry in dataclasses.fields(group) if entry.init}
 
 
 class _Parser(HfArgumentParser):
@@ -760,6 +787,12 @@ def _parser() -> _Parser:
         formatter_class=HelpFormatter,
     )
     parser.add_argument("positional_model", metavar="MODEL", nargs="?", help="a directory, hub id or GGUF file")
+    parser.add_argument(
+        "--recipe",
+        metavar="FILE",
+        help="a YAML file of conversion and stages, each run into a folder of --output-dir; other flags hold for all "
+        "stages; the same command again goes on where it stopped",
+    )
     for action in parser._actions:
         if action.dest == "resume_from_checkpoint":  # without a value: the latest in the output directory
             action.nargs, action.const = "?", "true"
@@ -779,6 +812,22 @@ def _parse(
     return tuple(groups)
 
 
+def _main_recipe(argv: list[str]) -> int:
+    parser = _parser()
+    for action in parser._actions:  # only what is given wins over the recipe
+        action.default = argparse.SUPPRESS
+    given = vars(parser.parse_args(argv))
+    recipe, output = Recipe.read(given.pop("recipe")), given.pop("output_dir", None)
+    models = [given.pop(name) for name in ("positional_model", "model") if name in given]
+    if len(models) != 1 or output is None:
+        raise NSAError("--recipe needs one MODEL and --output-dir: nsa finetune MODEL --recipe FILE --output-dir DIR")
+    for name in ("overwrite", "resume_from_checkpoint", "push_to_hub", "teacher"):
+        if name in given:
+            raise NSAError(f"--{name.replace('_', '-')} does not go with --recipe, which is resumed by itself")
+    print(f"wrote the last step's model to {run_recipe(models[0], output, recipe, **given)}")
+    return 0
+
+
 def main(argv: list[str]) -> int:
     """Command line of `nsa finetune`.
 
@@ -788,6 +837,8 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit code.
     """
+    if any(word == "--recipe" or word.startswith("--recipe=") for word in argv):
+        return _main_recipe(argv)
     *groups, args = _parse(argv)
     report = _run(*groups, args)
     if args.process_index == 0:

@@ -247,6 +247,9 @@ def _pooling_flops(config):
     if config.compress_type == "mean":
         return 0
     hidden = config.compress_hidden_size or 2 * config.head_dim
+    if config.compress_type == "pool":  # a score for every token, then one linear map
+        share = config.compress_stride
+        return sum(2 * (hidden * (dim + 1) * share + dim * dim) for dim in (config.head_dim, _value_dim(config)))
     return sum(2 * hidden * (config.compress_block_size * dim + dim) for dim in (config.head_dim, _value_dim(config)))
 
 

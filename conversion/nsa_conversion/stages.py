@@ -63,8 +63,8 @@ class StageArguments:
     selector_target: str | None = field(
         default=None,
         metadata={
-            "help": "warmup, adapt: what a block is worth: its dense attention mass, or the mass times the norm of the "
-            "values, output (default: mass).",
+            "help": "warmup, adapt: what a block is worth: its dense attention mass; output, the mass times the norm "
+            "of the values; or vector, the norm of what the block adds to a head's output (default: mass).",
             "choices": SELECTOR_TARGETS,
         },
     )

@@ -8,8 +8,8 @@ Every operation has the signature and meaning of its namesake in `reference.py`,
 - `"reference"`: pure PyTorch, on any device.
 - `"triton"`: the Triton kernels; an error where they cannot run, never a silent fallback.
 
-`importance`, `topn_blocks` and `gated_sum` have one implementation that runs anywhere. Of `compress_mean` and
-`compress_mlp`, "triton" stands for a faster one in plain PyTorch.
+`compress_pool`, `importance`, `topn_blocks` and `gated_sum` have one implementation that runs anywhere. Of
+`compress_mean` and `compress_mlp`, "triton" stands for a faster one in plain PyTorch.
 """
 
 import functools
@@ -26,6 +26,7 @@ __all__ = [
     "BACKENDS",
     "compress_mean",
     "compress_mlp",
+    "compress_pool",
     "compressed_attention",
     "gated_sum",
     "importance",
@@ -196,6 +197,7 @@ def _check_sum(o_cmp, o_slc, o_win, **gates):
 
 compress_mean = _public("compress_mean", _check_compress)
 compress_mlp = _public("compress_mlp", _check_compress)
+compress_pool = _public("compress_pool", _check_compress)
 compressed_attention = _public("compressed_attention", _check_attention)
 importance = _public("importance", _check_attention)
 topn_blocks = _public("topn_blocks", _check_topn)

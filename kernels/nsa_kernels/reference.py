@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 __all__ = [
     "compress_mean",
     "compress_mlp",
+    "compress_pool",
     "compressed_attention",
     "compressed_cu_seqlens",
     "fold_importance",
@@ -148,6 +149,41 @@ def compress_mlp(
     blocks = _unfold_blocks(x, compress_block_size, compress_stride, first_slot, num_blocks, cu_seqlens)
     blocks = blocks.transpose(-3, -2) + pos_embed  # [..., C, H, l, D]
     return F.linear(F.silu(F.linear(blocks.flatten(-2), w1, b1)), w2, b2).to(x.dtype)
+
+
+def compress_pool(
+    x,
+    pooled,
+    pos_bias,
+    w1,
+    b1,
+    w2,
+    *,
+    compress_block_size,
+    compress_stride,
+    first_slot=0,
+    num_blocks=None,
+    cu_seqlens=None,
+) -> torch.Tensor:
+    """A φ (eq. 7) whose weights depend on the content: the tokens that stand out in a block count more than the rest.
+
+    `φ(block) = Σ_t p_t · pooled_t` with `p = softmax over the block of w2 · silu(w1 · x_t + b1) + pos_bias_t`, for
+    every key/value head alike. With w2 and pos_bias 0 it is the mean.
+
+    Args:
+        x: `[B, T, H, D]`, what the weights are made from (packed: `[T, H, D]`).
+        pooled: `[B, T, H, DO]` (packed: `[T, H, DO]`), what is summed.
+        pos_bias: `[l]`, w1: `[F, D]`, b1: `[F]`, w2: `[F]`.
+        first_slot, num_blocks, cu_seqlens: As for `compress_mean`.
+
+    Returns:
+        `[B, C, H, DO]` (packed: `[C, H, DO]`), in the dtype of `pooled`.
+    """
+    where = (compress_block_size, compress_stride, first_slot, num_blocks, cu_seqlens)
+    scores = F.linear(F.silu(F.linear(x, w1, b1)), w2[None])  # [..., T, H, 1]
+    dtype = _compute_dtype(pooled)
+    p = (_unfold_blocks(scores, *where).to(dtype) + pos_bias[:, None, None].to(dtype)).softmax(dim=-3)
+    return (p * _unfold_blocks(pooled, *where).to(dtype)).sum(dim=-3).to(pooled.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

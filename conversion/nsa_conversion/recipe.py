@@ -1,0 +1,195 @@
+# Copyright 2026 The NSA for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: the steps from a dense checkpoint to a trained NSA model in one YAML file, run in order and resumed.
+
+    convert: {compress_type: residual_mlp}     # settings of `convert`; left out for an NSA model
+    settings: {max_length: 8192, bf16: true}   # of `finetune`, for every stage
+    stages:
+      - {name: warmup, stage: warmup, max_steps: 300}
+      - {name: adapted, stage: adapt, teacher: source, max_steps: 1000}
+
+`teacher: source` is the model that the recipe was given. Every step writes a folder of its own; a step that is finished
+is left as it is, one that was interrupted goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import NSAError
+
+__all__ = ["Recipe", "load_yaml", "run_recipe"]
+
+CONVERTED = "converted"
+RECORD = "recipe.json"
+# Given once for all stages, or not by a recipe.
+RESERVED = ("model", "output_dir", "overwrite", "resume_from_checkpoint", "push_to_hub", "recipe")
+
+
+class Recipe:
+    """A recipe that is checked.
+
+    Args:
+        content: what the file holds.
+        name: for error messages.
+        stages_needed: refuse a recipe without stages.
+
+    Attributes:
+        convert: settings of `convert`, or None.
+        stages: name -> settings of `finetune`, those for all stages included.
+
+    Raises:
+        NSAError: an unknown key or setting, or a stage without a name of its own.
+    """
+
+    def __init__(self, content: Any, name: str = "the recipe", stages_needed: bool = True):
+        if not isinstance(content, Mapping) or (stages_needed and not content.get("stages")):
+            raise NSAError(f"{name} must be a mapping with a list of stages, got {content!r:.80}")
+        unknown = sorted(set(content) - {"convert", "settings", "stages"})
+        if unknown:
+            raise NSAError(f"{name}: unknown keys {unknown}; a recipe has convert, settings and stages")
+        self.convert = content.get("convert")
+        if self.convert is not None and not isinstance(self.convert, Mapping):
+            raise NSAError(f"{name}: convert must be a mapping of settings ({{}} for none), got {self.convert!r:.80}")
+        common, given = content.get("settings") or {}, content.get("stages") or []
+        if not isinstance(common, Mapping) or not isinstance(given, list):
+            raise NSAError(f"{name}: settings must be a mapping and stages a list")
+        self.stages: dict[str, dict[str, Any]] = {}
+        for stage in given:
+            stage_name = stage.get("name") if isinstance(stage, Mapping) else None
+            if not isinstance(stage_name, str) or not re.fullmatch(r"[\w-]+", stage_name):
+                raise NSAError(f"{name}: every stage needs a name of letters, digits, - and _, got {stage!r:.80}")
+            if stage_name in (*self.stages, CONVERTED):
+                raise NSAError(f"{name}: two steps are named {stage_name!r}; give every stage a name of its own")
+            self.stages[stage_name] = {**common, **{key: value for key, value in stage.items() if key != "name"}}
+        self._check(name)
+
+    def _check(self, name: str) -> None:
+        from .convert import NSA_SETTINGS, convert
+        from .finetune import setting_names
+
+        known = setting_names() - set(RESERVED)
+        for stage, settings in self.stages.items():
+            unknown = sorted(set(settings) - known)
+            if unknown:
+                raise NSAError(f"{name}: stage {stage!r} has unknown settings {unknown}; see nsa finetune --help")
+        if self.convert:
+            known = {*inspect.signature(convert).parameters, *NSA_SETTINGS} - {"source", "dest", "progress", "settings"}
+            unknown = sorted(set(self.convert) - known)
+            if unknown:
+                raise NSAError(f"{name}: convert has unknown settings {unknown}; see nsa convert --help")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Recipe:
+        """Read a YAML file."""
+        return cls(load_yaml(path), str(path))
+
+
+def load_yaml(path: str | Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        NSAError: it is missing, or not YAML.
+    """
+    import yaml
+
+    try:
+        return _numbers(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise NSAError(f"there is no file {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise NSAError(f"{path} is not YAML ({' '.join(str(error).split())})") from None
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3, without a point, as a string."""
+    if isinstance(value, Mapping):
+        return {key: _numbers(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_numbers(each) for each in value]
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else value
+
+
+def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **settings: Any) -> Path:
+    """Run the steps of a recipe, or what an earlier call left to do.
+
+    Args:
+        model: the checkpoint to start from: dense where the recipe converts.
+        output_dir: holds one folder per step.
+        recipe: of `Recipe`.
+        settings: of `finetune`, for all stages; they win over the recipe's.
+
+    Returns:
+        The folder of the last step's model.
+
+    Raises:
+        NSAError: a step was run with other settings before, or whatever `convert` and `finetune` refuse.
+    """
+    from .convert import convert
+    from .finetune import finetune
+
+    output, source = Path(output_dir), str(model)
+    if output.resolve() == Path(source).resolve():
+        raise NSAError(f"--output-dir {output} is the model itself; choose another directory")
+    output.mkdir(parents=True, exist_ok=True)
+    stages = {name: {**each, **settings} for name, each in recipe.stages.items()}
+    for each in stages.values():
+        if each.get("teacher") == "source":
+            each["teacher"] = source
+    steps = ([] if recipe.convert is None else [(CONVERTED, dict(recipe.convert))]) + list(stages.items())
+    wanted, digest = {}, hashlib.sha256(source.encode())
+    for name, each in steps:
+        digest.update(json.dumps([name, each], sort_keys=True, default=str).encode())
+        wanted[name] = digest.hexdigest()[:16]
+    begun = _read_record(output / RECORD)
+    for name in wanted:
+        if name in begun and begun[name]["settings"] != wanted[name]:
+            raise NSAError(
+                f"step {name!r} in {output} was run with other settings, data or steps before it; choose another "
+                f"--output-dir, or remove {output / name} and the steps behind it, and their entries in {RECORD}"
+            )
+        if name not in begun and (output / name).exists():
+            raise NSAError(f"{output / name} exists and is not of this recipe; choose another --output-dir")
+    for name, each in steps:
+        place = output / name
+        if begun.get(name, {}).get("finished"):
+            source = str(place)
+            continue
+        began = name in begun
+        begun[name] = {"settings": wanted[name], "finished": False}
+        _write_record(output / RECORD, begun)
+        print(f"recipe: {name}", flush=True)
+        if name == CONVERTED:
+            if not (place / "config.json").exists():  # conversion leaves all or nothing
+                convert(source, place, **each)
+        else:
+            resumable = began and any(place.glob("checkpoint-*"))
+            if began and not resumable:
+                shutil.rmtree(place, ignore_errors=True)
+            finetune(source, place, **each, **({"resume_from_checkpoint": "true"} if resumable else {}))
+        begun[name]["finished"] = True
+        _write_record(output / RECORD, begun)
+        source = str(place)
+    return Path(source)
+
+
+def _read_record(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise NSAError(f"{path} does not hold the state of a recipe ({error}); remove it and the steps") from None
+
+
+def _write_record(path: Path, content: Mapping[str, Any]) -> None:
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    beside.replace(path)

@@ -1,0 +1,139 @@
+# Copyright 2026 The NSA for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+import csv
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import SMALL_NSA, make_checkpoint
+from transformers import AutoModelForCausalLM
+
+from nsa_conversion import cli
+from nsa_conversion.data import builtin_text
+from nsa_conversion.errors import NSAError
+from nsa_conversion.recipe import Recipe, load_yaml, run_recipe
+
+finetune_module = importlib.import_module("nsa_conversion.finetune")
+SCRIPTS = Path(__file__).parents[1] / "conversion"
+SETTINGS = {"max_length": 128, "eval_slices": 0, "eval_fraction": 0, "disable_tqdm": True, "use_cpu": True}
+SETTINGS |= {"save_steps": 1, "selector_queries": 32}
+RECIPE = {
+    "convert": SMALL_NSA,
+    "settings": SETTINGS,
+    "stages": [
+        {"name": "warm", "stage": "warmup", "max_steps": 2},
+        {"name": "adapted", "stage": "adapt", "teacher": "source", "max_steps": 3},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    root = tmp_path_factory.mktemp("recipe")
+    (root / "text.txt").write_text(builtin_text()[:2000], encoding="utf-8")
+    return make_checkpoint(root / "dense")
+
+
+def test_an_interrupted_recipe_goes_on_where_it_was(dense, tmp_path, monkeypatch, capsys):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
+    command = ["finetune", str(dense), "--recipe", str(tmp_path / "recipe.yaml"), "--output-dir", str(tmp_path / "out")]
+    command += ["--train-file", str(dense.parent / "text.txt"), "--learning-rate", "1e-4"]
+    save = finetune_module._StageTrainer._save_checkpoint
+
+    def interrupted(trainer, *args, **kwargs):
+        save(trainer, *args, **kwargs)
+        if trainer.stage.stage == "adapt":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune_module._StageTrainer, "_save_checkpoint", interrupted)
+    assert cli.main(command[:-2]) == 130
+    monkeypatch.undo()
+    warm = (tmp_path / "out" / "warm" / "model.safetensors").stat().st_mtime_ns
+    assert cli.main(command[:-2]) == 0
+    assert (tmp_path / "out" / "warm" / "model.safetensors").stat().st_mtime_ns == warm
+    history = json.loads((tmp_path / "out" / "adapted" / "log_history.json").read_text())
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3]
+    assert "distill_loss" in history[0]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "adapted")
+    assert cli.main(command[:-2]) == 0  # nothing is left to do
+    assert capsys.readouterr().out.count("recipe: adapted") == 2
+    assert cli.main(command) == 2  # a rate that was not given before
+    assert "was run with other settings" in capsys.readouterr().err
+
+
+def test_a_recipe_says_what_is_wrong_with_it(dense, tmp_path, capsys):
+    stage = {"name": "a", "stage": "warmup"}
+    for content, message in (
+        ([], "a list of stages"),
+        ({"stages": [stage], "steps": 1}, "unknown keys"),
+        ({"stages": [{"stage": "warmup"}]}, "needs a name"),
+        ({"stages": [stage, stage]}, "two steps are named 'a'"),
+        ({"stages": [{**stage, "learning_rte": 1}]}, "learning_rte"),
+        ({"stages": [{**stage, "output_dir": "x"}]}, "output_dir"),
+        ({"stages": [stage], "convert": {"size": 3}}, "convert has unknown settings"),
+        ({"stages": [stage], "convert": True}, "must be a mapping of settings"),
+    ):
+        with pytest.raises(NSAError, match=message):
+            Recipe(content)
+    with pytest.raises(NSAError, match="is the model itself"):
+        run_recipe(dense, dense, Recipe(RECIPE))
+    (tmp_path / "bad.yaml").write_text("a: [", encoding="utf-8")
+    with pytest.raises(NSAError, match="is not YAML"):
+        load_yaml(tmp_path / "bad.yaml")
+    assert cli.main(["finetune", str(dense), "--recipe", str(tmp_path / "none.yaml"), "--output-dir", "x"]) == 2
+    assert "there is no file" in capsys.readouterr().err
+    Recipe.read(SCRIPTS / "recipes" / "smollm2.yaml")
+
+
+def test_numbers_without_a_point(tmp_path):
+    (tmp_path / "numbers.yaml").write_text("{rate: 1e-3, steps: 5, name: e3}", encoding="utf-8")
+    assert load_yaml(tmp_path / "numbers.yaml") == {"rate": 1e-3, "steps": 5, "name": "e3"}
+
+
+@pytest.fixture
+def run_experiments(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    yield importlib.import_module("run_experiments")
+    sys.modules.pop("run_experiments", None)
+
+
+def test_experiments_in_one_command(run_experiments, dense, tmp_path, capsys, monkeypatch):
+    text = builtin_text()
+    for name, pieces in {
+        "train": [text[:3000]],
+        "heldout-prose": [text[4000:4200], text[5000:5200]],
+        "heldout-code": [text[6000:6200], text[7000:7200]],
+    }.items():
+        lines = "".join(json.dumps({"text": piece}) + "\n" for piece in pieces)
+        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    recipe = {"common": {key: RECIPE[key] for key in ("convert", "settings")}, "untrained": {}}
+    recipe |= {"warm": {"stages": RECIPE["stages"][:1]}, "both": {"stages": RECIPE["stages"]}}
+    (tmp_path / "experiments.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    command = [str(tmp_path / "out"), "--data", str(tmp_path), "--experiments", str(tmp_path / "experiments.yaml")]
+    command += ["--source", str(dense), "--length", "96", "--documents", "2", "--tasks", "--no-diagnosis"]
+    assert run_experiments.main([*command, "--only", "untrained", "warm", "--keep", "warm"]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results) == ["dense", "untrained", "warm"]
+    assert results["warm"]["training_tokens"] == 2 * 128
+    assert (tmp_path / "out" / "warm" / "warm" / "model.safetensors").exists()
+    assert not (tmp_path / "out" / "untrained").exists()
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    differences = [row for row in rows if row["measure"].startswith("loss - dense") and row["experiment"] == "warm"]
+    assert {row["text"] for row in differences} == {"prose", "code"}
+    assert all(float(row["low"]) <= float(row["value"]) <= float(row["high"]) for row in differences)
+
+    assert run_experiments.main([*command, "--minutes", "0"]) == 0  # what is done is not done again, nothing starts
+    assert "both: not started" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "out" / "results.json").read_text())) == list(results)
+
+    def out_of_memory(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(run_experiments, "run_recipe", out_of_memory)
+    assert run_experiments.main([*command, "--minutes", "9"]) == 2
+    assert "these experiments failed, as said above: both" in capsys.readouterr().err
+    assert run_experiments.main([*command, "--only", "none"]) == 2
+    assert "there are no experiments" in capsys.readouterr().err
