@@ -247,7 +247,10 @@ def test_evaluation_is_of_the_sparse_model(run, places, tmp_path):
         ({"stage": "adapt", "distill_weight": 1.0}, "--distill-weight needs --teacher"),
         ({"stage": "adapt", "selector_weight": -1.0}, "--selector-weight must not be negative, got -1.0"),
         ({"stage": "adapt", "selector_queries": 0}, "--selector-queries must be at least 1, got 0"),
-        ({"stage": "adapt", "selector_target": "max"}, "--selector-target must be one of mass, output, vector, got 'max'"),
+        (
+            {"stage": "adapt", "selector_target": "max"},
+            "--selector-target must be one of mass, output, vector, got 'max'",
+        ),
         ({"stage": "adapt", "new_parameter_lr": 0.0}, "--new-parameter-lr must be more than 0, got 0.0"),
         ({"stage": "adapt", "anneal_blocks": 2.0}, "--anneal-blocks must be a share of the steps, 0 to 1, got 2.0"),
         ({"stage": "adapt", "teacher": "/nowhere"}, "model '/nowhere' does not exist"),

@@ -114,6 +114,15 @@ def test_matches_reference_at_the_papers_sizes(dtype, heads, groups, dim, v_dim)
     check(1500, heads, groups, dim, v_dim, PAPER, dtype=dtype, batch=1)
 
 
+def test_without_gradients_the_result_is_the_same():
+    inputs = make_inputs(100, 2, 3, 32, 32, SIZES, dtype=torch.float32)
+    o, chosen, _ = nsa.nsa_attention(*inputs, **SIZES, backend="triton")
+    with torch.no_grad():
+        alone, chosen_alone, _ = nsa.nsa_attention(*inputs, **SIZES, backend="triton")
+    assert torch.equal(alone, o)
+    assert torch.equal(chosen_alone, chosen)
+
+
 def test_two_runs_give_the_same_bits():
     inputs = make_inputs(100, 2, 3, 32, 32, SIZES, dtype=torch.float32)
     do = torch.randn_like(inputs[0])

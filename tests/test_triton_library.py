@@ -25,6 +25,7 @@ FORCED = (SIZES["num_selected_blocks"], 1, 2)
     "name, layout",
     [
         ("attention", "left-padded"),
+        ("inference", "packed"),
         ("compressed", "packed"),
         ("selection", "packed"),
         ("selected", "packed"),
@@ -40,6 +41,9 @@ def test_opcheck(name, layout):
     q, k, v, k_cmp, v_cmp, k_win, v_win, *_ = inputs
     if name == "attention":
         arguments = (attention._operation, (*inputs, *BLOCKS, *FORCED, SIZES["window_size"], 0.2, *where))
+    elif name == "inference":
+        inputs = [x.detach() for x in inputs]
+        arguments = (attention._inference, (*inputs, *BLOCKS, *FORCED, SIZES["window_size"], 0.2, *where))
     elif name == "compressed":
         arguments = (compressed._attention, (q, k_cmp, v_cmp, *BLOCKS[:2], 0.2, *where))
     elif name == "selection":

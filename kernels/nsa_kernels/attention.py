@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 
 from .compressed import compressed_backward, compressed_forward
-from .library import define_attention
+from .library import WHERE, define, define_attention
 from .reference import unroll
 from .selected import selected_backward, selected_forward
 from .selection import chosen_blocks, empty_choice
-from .triton_common import LOG2E, cdiv, check_inputs, empty_values, load_pair, next_power_of_2
+from .triton_common import LOG2E, Layout, cdiv, check_inputs, empty_values, load_pair, next_power_of_2
 from .window import window_backward, window_forward
 
 __all__ = ["nsa_attention"]
@@ -64,14 +64,16 @@ def nsa_attention(
     sizes = (compress_block_size, compress_stride, select_block_size, num_selected_blocks)
     sizes += (num_initial_blocks, num_local_blocks, window_size, scale)
     tensors = (q, k, v, k_cmp, v_cmp, k_win, v_win, g_cmp, g_slc, g_win)
-    o, block_indices, *_ = _operation(*tensors, *sizes, leftpad, q_offset, cu_seqlens)
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    operation = _operation if learns else _inference
+    o, block_indices, *_ = operation(*tensors, *sizes, leftpad, q_offset, cu_seqlens)
     return o, block_indices, None
 
 
 def _forward(
     q, k, v, k_cmp, v_cmp, k_win, v_win, g_cmp, g_slc, g_win,
     compress_block_size, compress_stride, select_block_size, num_selected_blocks, num_initial_blocks, num_local_blocks,
-    window_size, scale, layout,
+    window_size, scale, layout, keep=True,
 ):  # fmt: skip
     compression = (compress_block_size, compress_stride)
     forced = (num_initial_blocks, num_local_blocks)
@@ -82,7 +84,7 @@ def _forward(
     )
     o_slc, lse_slc = selected_forward(q, k, v, block_indices, select_block_size, scale, layout)
     branches = (o_cmp, o_slc, g_cmp, g_slc, g_win)
-    o_win, lse_win, o = window_forward(q, k_win, v_win, window_size, scale, layout, branches)
+    o_win, lse_win, o = window_forward(q, k_win, v_win, window_size, scale, layout, branches, keep=keep)
     return o, block_indices, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win
 
 
@@ -111,11 +113,15 @@ def _allocate(q, k, v, k_cmp, v_cmp, k_win, v_win, g_cmp, g_slc, g_win, *sizes):
     return outputs[0], empty_choice(q, k_cmp, sizes[3]), *outputs[1:], *lse
 
 
+_TENSORS = "q k v k_cmp v_cmp k_win v_win g_cmp g_slc g_win"
+_SIZES = (
+    "int compress_block_size, int compress_stride, int select_block_size, int num_selected_blocks, "
+    "int num_initial_blocks, int num_local_blocks, int window_size, float scale"
+)
 _operation = define_attention(
     "nsa_attention",
-    "q k v k_cmp v_cmp k_win v_win g_cmp g_slc g_win",
-    "int compress_block_size, int compress_stride, int select_block_size, int num_selected_blocks, "
-    "int num_initial_blocks, int num_local_blocks, int window_size, float scale",
+    _TENSORS,
+    _SIZES,
     "o block_indices o_cmp o_slc o_win lse_cmp lse_slc lse_win",
     _forward,
     _backward,
@@ -123,6 +129,15 @@ _operation = define_attention(
     learned=10,
     graded=1,
     kept=slice(1, None),
+)
+
+
+# Without gradients: a tensor less to write, two less to keep.
+_inference = define(
+    f"nsa_attention_inference({', '.join(f'Tensor {name}' for name in _TENSORS.split())}, {_SIZES}, {WHERE}) "
+    "-> (Tensor, Tensor)",
+    lambda *args: _forward(*args[:-3], Layout(args[0], *args[-3:]), keep=False)[:2],
+    lambda *args: _allocate(*args)[:2],
 )
 
 

@@ -84,31 +84,33 @@ def _tiles(heads: int, rows: int) -> dict[str, int]:
     return {"TILE": rows // in_tile, "GT": in_tile, "GROUPS": cdiv(heads, in_tile)}
 
 
-def window_forward(q, k, v, window_size, scale, layout, branches=None):
+def window_forward(q, k, v, window_size, scale, layout, branches=None, *, keep=True):
     """Forward pass, and the gated sum in its epilogue.
 
     Args:
         layout: Describes q, k, v.
         scale: Positive.
         branches: Contiguous o_cmp and o_slc, and g_cmp, g_slc, g_win; None: no sum.
+        keep: Whether a backward pass may follow; else the sum takes the place of o_cmp, and is all there is.
 
     Returns:
-        o_win, lse, and `reference.gated_sum`, None without `branches`.
+        o_win, lse, None both unless `keep`; and `reference.gated_sum`, None without `branches`.
     """
-    o, lse = empty_outputs(q, v, by_head=True)
-    total = None if branches is None else torch.empty_like(o)
+    o, lse = empty_outputs(q, v, by_head=True) if keep else (None, None)
+    total = None if branches is None else torch.empty_like(o) if keep else branches[0]
     if not q.numel():
         return o, lse, total
-    q, k, v, b_o, b_lse = map(layout.rows, (q, k, v, o, lse[..., None]))
+    q, k, v, b_o = map(layout.rows, (q, k, v, o if keep else total))
+    lse_strides = layout.rows(lse[..., None]).stride()[:3] if keep else (0, 0, 0)
     o_cmp, o_slc, *gates = branches or (None,) * 5
     gate_rows = [layout.rows(g[..., None]).stride()[:3] if branches else (0, 0, 0) for g in gates]
     config = _forward_config(q, v)
     tiles = _tiles(q.shape[2] // k.shape[2], config["BLOCK_M"])
     _forward_kernel[(layout.tiles(tiles["TILE"]), k.shape[2] * tiles["GROUPS"], layout.B)](
-        q, b_o, b_lse, o_cmp, o_slc, total, *gates, layout.map(tiles["TILE"]),
-        *q.stride()[:3], *b_o.stride()[:3], *b_lse.stride()[:3], *itertools.chain(*gate_rows),
+        q, o, lse, o_cmp, o_slc, total, *gates, layout.map(tiles["TILE"]),
+        *q.stride()[:3], *b_o.stride()[:3], *lse_strides, *itertools.chain(*gate_rows),
         **describe("k", k, config["BLOCK_N"]), **describe("v", v, config["BLOCK_N"]),
-        **_arguments(q, k, v, layout, window_size, scale), SUM=total is not None, **tiles, **config,
+        **_arguments(q, k, v, layout, window_size, scale), KEEP=keep, SUM=total is not None, **tiles, **config,
     )  # fmt: skip
     return o, lse, total
 
@@ -273,9 +275,9 @@ def _forward_kernel(
     PACKED: tl.constexpr, LEFTPAD: tl.constexpr, TW, W, scale, G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
     D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, PRECISION: tl.constexpr,
     TILE: tl.constexpr, GT: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SUM: tl.constexpr,
+    KEEP: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """Attention of a tile of queries to its band; if SUM also the gated sum of all branches, laid out like o.
+    """Attention of a tile of queries to its band if KEEP; if SUM the gated sum of all branches, laid out like o.
 
     Grid: (tiles, H * GROUPS, B)
     """
@@ -313,8 +315,9 @@ def _forward_kernel(
         m, z, acc_1, acc_2 = softmax_step(s, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION)
     acc_1, acc_2, lse = softmax_end(m, z, acc_1, acc_2, scale_log2, DV2)
     offs_o = i_b * stride_ob + t * stride_ot + i_head * stride_oh
-    store_pair(o_ptr + offs_o, acc_1, acc_2, used, DV, DV1, DV2)
-    tl.store(lse_ptr + i_b * stride_lb + t * stride_lt + i_head * stride_lh, lse, mask=used)
+    if KEEP:
+        store_pair(o_ptr + offs_o, acc_1, acc_2, used, DV, DV1, DV2)
+        tl.store(lse_ptr + i_b * stride_lb + t * stride_lt + i_head * stride_lh, lse, mask=used)
     if SUM:
         g_win = tl.load(g_win_ptr + i_b * stride_gwb + t * stride_gwt + i_head * stride_gwh, mask=used, other=0.0)
         g_slc = tl.load(g_slc_ptr + i_b * stride_gsb + t * stride_gst + i_head * stride_gsh, mask=used, other=0.0)
