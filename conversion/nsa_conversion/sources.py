@@ -561,7 +561,7 @@ def _tokenizer_files(directory) -> Iterator[Path]:
             yield directory / name
 
 
-def load_model(name, *, dtype=None, device=None, trust_remote_code=False, revision=None):
+def load_model(name, *, dtype=None, device=None, trust_remote_code=False, revision=None, **settings):
     """Load a causal language model, dense or NSA, and its tokenizer.
 
     Args:
@@ -570,6 +570,7 @@ def load_model(name, *, dtype=None, device=None, trust_remote_code=False, revisi
         device (str | torch.device | None): where to put it; CPU by default.
         trust_remote_code (bool): allow the checkpoint's own Python code.
         revision (str | None): branch, tag or commit of a hub id.
+        settings: `device_map`, `quantization_config` and others of `from_pretrained`; not for GGUF files.
 
     Returns:
         tuple[PreTrainedModel, PreTrainedTokenizerBase | None]: the model in evaluation mode; None where the
@@ -600,7 +601,7 @@ def load_model(name, *, dtype=None, device=None, trust_remote_code=False, revisi
     where = str(path) if path.is_dir() else str(name)
     kwargs = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **kwargs)
+        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **kwargs, **settings)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise NSAError(f"model {str(name)!r} cannot be loaded: {error}") from error
     try:
