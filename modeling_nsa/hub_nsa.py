@@ -31,7 +31,7 @@ AUTO_MAP = {
 _KERNELS = "nsa_kernels"
 _COMPUTED = ("import_module", "__import__")
 # transformers refuses to load code whose imports are missing, unless they are inside `try`
-_OPTIONAL = {"triton"}
+_OPTIONAL = {"triton", "liger_kernel"}
 _INSTALLED = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
 
 

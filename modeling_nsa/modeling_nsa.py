@@ -31,6 +31,7 @@ from .attention_nsa import NSAAttention, NSACompression, NSADenseAttention, NSAG
 from .cache_nsa import prepare_cache
 from .configuration_nsa import NSA_LAYER_TYPE, NSAConfig
 from .layout_nsa import NSALayout, build_layout, restarts
+from .liger_nsa import register_with_liger
 from .parallel_nsa import ContextShard, build_parallel_layout
 
 __all__ = [
@@ -399,3 +400,6 @@ class NSAForTokenClassification(GenericForTokenClassification, NSAPreTrainedMode
 
 class NSAForQuestionAnswering(GenericForQuestionAnswering, NSAPreTrainedModel):
     base_model_prefix = "transformer"
+
+
+register_with_liger(NSAConfig.model_type)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -29,21 +30,21 @@ SHORT = {"max_length": 96, "max_steps": 3, "eval_slices": 2, "learning_rate": 1e
 def make_nsa(path, dtype=torch.float32, **changes):
     """Save a tiny random NSA checkpoint with tokenizer, generation config and conversion record."""
     torch.manual_seed(0)
-    config = NSAConfig(
-        vocab_size=272,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        gate_scale=True,
-        tie_word_embeddings=True,
-        eos_token_id=2,
-        **{**SMALL_NSA, **changes},
-    )
+    settings = {
+        "vocab_size": 272,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "gate_scale": True,
+        "tie_word_embeddings": True,
+        "eos_token_id": 2,
+    }
+    config = NSAConfig(**{**settings, **SMALL_NSA, **changes})
     model = NSAForCausalLM(config).to(dtype)
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(path)
@@ -437,3 +438,92 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, checkpoint, t
     assert left_losses == pytest.approx(right_losses, abs=1e-3)
     for name in left:
         torch.testing.assert_close(left[name], right[name], rtol=0, atol=1e-5)
+
+
+def losses_of(path):
+    return [entry["loss"] for entry in json.loads((path / "log_history.json").read_text()) if "loss" in entry]
+
+
+def test_dora_trains_magnitudes_and_merges(tmp_path, checkpoint, text_file):
+    from peft import PeftModel
+
+    settings = {**SHORT, "learning_rate": 1e-2, "eval_slices": 0, **QUIET}
+    report = finetune(checkpoint, tmp_path / "out", train_file=text_file, lora=True, use_dora=True, **settings)
+    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    weight = base.model.layers[0].self_attn.q_proj.weight.detach().norm(dim=1)
+    adapter = PeftModel.from_pretrained(base, report.adapter_dir)
+    layer = adapter.base_model.model.model.layers[0].self_attn.q_proj
+    assert (layer.lora_magnitude_vector["default"].weight - weight).abs().max() > 1e-3
+    ids = torch.arange(3, 83)[None]
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+        torch.testing.assert_close(merged, adapter(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_qlora_trains_over_quantised_weights(tmp_path, text_file, bits):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    networks = []
+
+    class Recorder(finetune_module._Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            networks.append(kwargs["model"])
+
+    source = make_nsa(tmp_path / "nsa", hidden_size=64, head_dim=64, num_attention_heads=2, num_key_value_heads=1)
+    settings = {**SHORT, "train_file": text_file, "lora": True, **QUIET}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune_module, "_Trainer", Recorder)
+        report = finetune(source, tmp_path / "out", **settings, **{f"load_in_{bits}bit": True})
+    finetune(source, tmp_path / "plain", **settings)
+    kind = bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt
+    (network,) = networks
+    quantised = {name for name, module in network.named_modules() if isinstance(module, kind)}
+    assert any("q_proj.base_layer" in name for name in quantised)
+    assert any("k_proj_cmp.base_layer" in name for name in quantised)
+    assert not any(".gate." in name or "compress" in name or "lm_head" in name for name in quantised)
+    # weights of 4 bits change the model, weights of 8 bits hardly, and both train
+    assert losses_of(tmp_path / "out") == pytest.approx(losses_of(tmp_path / "plain"), abs=0.7 if bits == 4 else 0.1)
+    assert report.after[0].loss < report.before[0].loss
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"use_dora": True}, "--use-dora was given without --lora"),
+        ({"load_in_4bit": True}, "--load-in-4bit needs --lora"),
+        ({"load_in_8bit": True, "load_in_4bit": True, "lora": True}, "both given; choose one"),
+        ({"load_in_8bit": True, "lora": True, "FSDP": True}, "--load-in-8bit does not go with FSDP or DeepSpeed"),
+        ({"load_in_4bit": True, "lora": True, "absent": "bitsandbytes"}, "--load-in-4bit needs the bitsandbytes"),
+        ({"use_liger_kernel": True, "absent": "liger_kernel"}, "--use-liger-kernel needs the liger-kernel library"),
+        ({"use_liger_kernel": True, "stage": "warmup"}, "makes no logits, which --stage warmup needs"),
+    ],
+)
+def test_refuses_settings_that_need_others(tmp_path, monkeypatch, checkpoint, text_file, settings, error):
+    absent = settings.pop("absent", None)
+    for library in ("bitsandbytes", "liger_kernel"):
+        monkeypatch.setattr(finetune_module, f"is_{library}_available", lambda name=library: name != absent)
+    if settings.pop("FSDP", False):
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(NSAError, match=error):
+        finetune(checkpoint, tmp_path / "out", train_file=text_file, **settings, **QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "kind", "variable", "error"),
+    [
+        (1, "NO", None, "2 processes were launched, but .* add --use-cpu"),
+        (2, "MULTI_CPU", "ACCELERATE_USE_FSDP", "accelerate shards with FSDP on GPUs only"),
+        (2, "MULTI_CPU", "ACCELERATE_USE_DEEPSPEED", "accelerate shards with DeepSpeed on GPUs only"),
+    ],
+)
+def test_refuses_launches_that_would_not_do_what_they_say(monkeypatch, world_size, kind, variable, error):
+    args = types.SimpleNamespace(world_size=world_size, distributed_state=types.SimpleNamespace(distributed_type=kind))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if variable is not None:
+        monkeypatch.setenv(variable, "true")
+    with pytest.raises(NSAError, match=error):
+        finetune_module._check_launch(args)

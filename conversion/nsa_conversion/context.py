@@ -67,6 +67,7 @@ class ContextArguments:
             f"--stage {stage}": stage != "sft",
             f"--label-smoothing-factor {args.label_smoothing_factor}": args.label_smoothing_factor != 0,
             "--torch-compile": args.torch_compile,
+            "--use-liger-kernel": args.use_liger_kernel,
             "--deepspeed": args.deepspeed is not None,
             "--parallelism-config": args.parallelism_config is not None,
         }

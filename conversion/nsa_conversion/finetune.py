@@ -25,10 +25,26 @@ import numpy as np
 import torch
 import transformers
 from huggingface_hub import HfApi
-from transformers import HfArgumentParser, PreTrainedConfig, Trainer, TrainingArguments, set_seed
+from transformers import (
+    BitsAndBytesConfig,
+    HfArgumentParser,
+    PreTrainedConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.hf_argparser import string_to_bool
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import HubStrategy, get_last_checkpoint
-from transformers.utils import PushInProgress, cached_file, is_accelerate_available, is_peft_available
+from transformers.utils import (
+    PushInProgress,
+    cached_file,
+    is_accelerate_available,
+    is_bitsandbytes_available,
+    is_liger_kernel_available,
+    is_peft_available,
+)
 
 from .card import write_card
 from .context import ContextArguments, ContextTrainerMixin
@@ -72,6 +88,9 @@ LORA_BRANCH_TARGETS = ["k_proj_cmp", "v_proj_cmp", "k_proj_win", "v_proj_win"]
 # module whose name ends in it, such as the router of a mixture of experts.
 NEW_MODULES = ["self_attn.compress_k", "self_attn.compress_v", "self_attn.gate", "self_attn.gate_scale"]
 
+GATES = ".*self_attn.gate"
+SHARDING_VARIABLES = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
+
 CONVERSION_RECORD = "nsa_conversion.json"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 STAGING_DIR = ".final"
@@ -100,6 +119,12 @@ class ModelArguments:
         default=None, metadata={"help": "Type of the saved weights (default: the model's own).", "choices": DTYPES}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code in the checkpoint to run."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Hold the frozen weights of --lora in 4 bits (QLoRA); needs bitsandbytes."}
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Hold the frozen weights of --lora in 8 bits; needs bitsandbytes."}
+    )
 
 
 @dataclass
@@ -154,6 +179,9 @@ class LoraArguments:
     lora_r: int = field(default=16, metadata={"help": "Rank."})
     lora_alpha: float = field(default=32, metadata={"help": "Scale; the update is multiplied by alpha / rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    use_dora: bool = field(
+        default=False, metadata={"help": "Decompose the adapted weights into magnitude and direction (DoRA)."}
+    )
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
@@ -298,10 +326,17 @@ def _check_arguments(
             raise NSAError(f"--lora-r must be at least 1, got {lora.lora_r}")
         if not 0 <= lora.lora_dropout < 1:
             raise NSAError(f"--lora-dropout must be at least 0 and less than 1, got {lora.lora_dropout}")
-    elif lora.lora_target_modules:
-        raise NSAError("--lora-target-modules was given without --lora")
+    elif lora.lora_target_modules or lora.use_dora:
+        raise NSAError(f"{'--use-dora' if lora.use_dora else '--lora-target-modules'} was given without --lora")
+    if model.load_in_4bit or model.load_in_8bit:
+        _check_quantized(model, lora)
     stage.check(lora.lora)
     context.check(args, stage.stage)
+    if args.use_liger_kernel:
+        if not is_liger_kernel_available():
+            raise NSAError("--use-liger-kernel needs the liger-kernel library: pip install 'nsa-transformers[liger]'")
+        if stage.stage != "sft":
+            raise NSAError(f"--use-liger-kernel makes no logits, which --stage {stage.stage} needs; leave it out")
     if stage.stage == "warmup" and args.learning_rate != FinetuneArguments.learning_rate:
         raise NSAError(
             f"--stage warmup trains φ alone: set its rate with --new-parameter-lr, not --learning-rate "
@@ -309,6 +344,35 @@ def _check_arguments(
         )
     require_matplotlib()
     _check_output(model.model, args)
+
+
+def _check_quantized(model: ModelArguments, lora: LoraArguments) -> None:
+    flag = "--load-in-4bit" if model.load_in_4bit else "--load-in-8bit"
+    if model.load_in_4bit and model.load_in_8bit:
+        raise NSAError("--load-in-4bit and --load-in-8bit were both given; choose one")
+    if not lora.lora:
+        raise NSAError(f"{flag} needs --lora: quantised weights cannot be trained")
+    if str(model.model).endswith(".gguf"):
+        raise NSAError(f"{flag} cannot read a GGUF file; convert it with nsa convert first")
+    if not is_bitsandbytes_available():
+        raise NSAError(f"{flag} needs the bitsandbytes library: pip install 'nsa-transformers[quantize]'")
+    if any(os.environ.get(name, "").lower() == "true" for name in SHARDING_VARIABLES.values()):
+        raise NSAError(f"{flag} does not go with FSDP or DeepSpeed; launch with examples/accelerate/ddp.yaml")
+
+
+def _quantization(model: ModelArguments, args: FinetuneArguments) -> dict[str, Any]:
+    """Arguments of `load_model` that quantise the model where it is trained; the gates stay as they are, as φ does."""
+    if not (model.load_in_4bit or model.load_in_8bit):
+        return {"device": "cpu"}
+    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else getattr(torch, model.dtype)
+    config = BitsAndBytesConfig(
+        load_in_4bit=model.load_in_4bit,
+        load_in_8bit=model.load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=["lm_head", GATES],
+    )
+    return {"device_map": {"": args.device}, "quantization_config": config}
 
 
 def _lora_modules(model, asked: Sequence[str] | None) -> tuple[list[str], list[str]]:
@@ -353,6 +417,7 @@ def _add_lora(model, lora: LoraArguments):
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
+        use_dora=lora.use_dora,
         target_modules=targets,
         modules_to_save=saved or None,
     )
@@ -413,6 +478,23 @@ class _StageTrainer(StageTrainerMixin, _Trainer):
 
 class _ContextTrainer(ContextTrainerMixin, _Trainer):
     """The trainer of rows that several processes share."""
+
+
+class _BeforeTraining(TrainerCallback):
+    """Measures a sharded model before its first step: only when training begins is it on its devices."""
+
+    def __init__(self, measure):
+        self.measure = measure
+        self.result: list[PositionBucket] | None = None
+
+    def run(self) -> None:
+        self.result = self.measure()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.run()
+        elif state.is_world_process_zero:
+            logger.warning("the loss before training is not measured: the sharded model starts from a checkpoint")
 
 
 def _load_teacher(stage: StageArguments, model: ModelArguments, vocab_size: int, device: torch.device):
@@ -526,6 +608,7 @@ def _save_final(trainer: Trainer, tokenizer, model: ModelArguments, source: _Sou
                 from peft import PeftModel
 
                 trained.save_pretrained(staging / ADAPTER_DIR, state_dict=state)
+                unset_hf_deepspeed_config()  # or ZeRO-3 would shard the base model too
                 base, _ = load_model(
                     model.model, dtype=model.dtype, device="cpu", trust_remote_code=model.trust_remote_code
                 )
@@ -534,7 +617,14 @@ def _save_final(trainer: Trainer, tokenizer, model: ModelArguments, source: _Sou
             source.restore(trained)
             if state is None:
                 trained.to(save_dtype)
-            trained.save_pretrained(staging, state_dict=state)
+                trained.save_pretrained(staging)
+            else:
+                state = {
+                    key: value.to(save_dtype) if value.is_floating_point() else value for key, value in state.items()
+                }
+                trained.save_pretrained(staging, state_dict=state)
+                trained.config.dtype = save_dtype  # the sharded model's own was written
+                trained.config.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
             _carry_record(model.model, staging)
             _move_into_place(staging, output)
@@ -581,6 +671,23 @@ def _write_results(
     write_card(output, repo_id=trainer.hub_model_id)
 
 
+def _check_launch(args: FinetuneArguments) -> None:
+    """Refuse launches that accelerate would run as something else on a CPU."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and args.world_size == 1:
+        raise NSAError(
+            f"{processes} processes were launched, but without a GPU each would train alone: add --use-cpu, with "
+            "examples/accelerate/ddp.yaml, to let them share the work"
+        )
+    if args.distributed_state is not None and args.distributed_state.distributed_type == "MULTI_CPU":
+        for library, variable in SHARDING_VARIABLES.items():
+            if os.environ.get(variable, "").lower() == "true":
+                raise NSAError(
+                    f"accelerate shards with {library} on GPUs only, --use-cpu would leave it out; launch with "
+                    "examples/accelerate/ddp.yaml instead"
+                )
+
+
 def _make_repository(args: FinetuneArguments) -> None:
     """Make the repository that --push-to-hub fills, so that a refusal comes before the training."""
     name = args.hub_model_id or Path(args.output_dir).absolute().name
@@ -618,6 +725,7 @@ def _run(
     _check_arguments(model, data, lora, stage, context, args)
     if not is_accelerate_available():
         raise NSAError("training needs the accelerate library: pip install 'nsa-transformers[train]'")
+    _check_launch(args)
     if args.n_gpu > 1:
         logger.warning(
             "%d devices are visible, one is used; `accelerate launch -m nsa_conversion finetune …` uses all",
@@ -637,7 +745,7 @@ def _run(
     eval_documents = read_files(data.eval_file, **columns) if data.eval_file else []
 
     network, tokenizer = load_model(
-        model.model, dtype=model.dtype, device="cpu", trust_remote_code=model.trust_remote_code
+        model.model, dtype=model.dtype, trust_remote_code=model.trust_remote_code, **_quantization(model, args)
     )
     if tokenizer is None:
         raise NSAError(f"{model.model} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
@@ -701,21 +809,26 @@ def _run(
                 f"--stage {stage.stage} reads weights outside the forward pass: use neither FSDP nor DeepSpeed"
             )
 
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+
     def measure(description: str) -> list[PositionBucket] | None:
         if not texts:
             return None
-        # A sharded model only works as a whole, on all processes at once.
-        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         with trainer.accelerator.autocast():
             return loss_by_position(
                 trainer.model_wrapped if sharded else trainer.model,
                 texts,
                 position_edges(max(map(len, texts))),
+                sharded=sharded,
                 progress=progress,
                 description=description,
             )
 
-    before = measure("Evaluating before training")
+    first = _BeforeTraining(lambda: measure("Evaluating before training"))
+    if sharded:
+        trainer.add_callback(first)
+    else:
+        first.run()
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     after = measure("Evaluating after training")
     adapter = _save_final(trainer, tokenizer, model, source)
@@ -726,7 +839,7 @@ def _run(
         train_loss=result.training_loss,
         train_rows=len(rows),
         train_tokens=rows.num_tokens,
-        before=before,
+        before=first.result,
         after=after,
     )
     if main_process:
@@ -841,6 +954,10 @@ def main(argv: list[str]) -> int:
         return _main_recipe(argv)
     *groups, args = _parse(argv)
     report = _run(*groups, args)
+    if torch.distributed.is_initialized():
+        # together: a process that ends early would be taken for a failure, and the others be stopped
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     if args.process_index == 0:
         if report.before is not None:
             series = {"before": report.before, "after": report.after}

@@ -144,11 +144,12 @@ def take_texts(documents: Sequence[torch.Tensor], length: int, slices: int) -> l
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _text_losses(model, ids: torch.Tensor, chunk_size: int) -> torch.Tensor:
+def _text_losses(model, ids: torch.Tensor, chunk_size: int, sharded: bool) -> torch.Tensor:
     """Loss of predicting ids[:, 1:], fp32 on the CPU, [1, T] -> [T - 1]; logits of `chunk_size` tokens at a time."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     config = getattr(model, "config", None)
-    plain_head = head is not None and all(getattr(config, name, None) in (None, 1) for name in LOGIT_TRANSFORMS)
+    plain_head = not sharded and head is not None
+    plain_head = plain_head and all(getattr(config, name, None) in (None, 1) for name in LOGIT_TRANSFORMS)
     if plain_head:
         # The logits of a whole long sequence can be larger than the model: apply the head chunk by chunk.
         states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
@@ -168,6 +169,7 @@ def token_losses(
     input_ids: torch.Tensor | Sequence[torch.Tensor],
     *,
     chunk_size: int = 1024,
+    sharded: bool = False,
     progress: bool = False,
     description: str = "Evaluating",
 ) -> list[torch.Tensor]:
@@ -177,6 +179,7 @@ def token_losses(
         model: a causal language model of transformers; its training mode is restored afterwards.
         input_ids: [B, T] token ids, or a sequence of [t] tensors of any lengths; each runs alone, from position 0.
         chunk_size: tokens whose logits are held in fp32 at a time.
+        sharded: the model is wrapped by FSDP or DeepSpeed: it works as a whole only, on all processes at once.
         progress: show a progress bar.
         description: label of the progress bar.
 
@@ -192,7 +195,8 @@ def token_losses(
             if len(ids) < 2:
                 losses.append(torch.empty(0, dtype=torch.double))
                 continue
-            losses.append(_text_losses(model, ids[None].to(device=device, dtype=torch.long), chunk_size).double())
+            ids = ids[None].to(device=device, dtype=torch.long)
+            losses.append(_text_losses(model, ids, chunk_size, sharded).double())
     finally:
         model.train(was_training)
     return losses
@@ -245,7 +249,7 @@ def loss_by_position(
     Args:
         model, input_ids: as for `token_losses`.
         edges: as for `losses_by_position`.
-        settings: `chunk_size`, `progress` and `description` of `token_losses`.
+        settings: `chunk_size`, `sharded`, `progress` and `description` of `token_losses`.
     """
     _spans(edges)  # refuses bad edges before the work starts
     return losses_by_position(token_losses(model, input_ids, **settings), edges)

@@ -595,7 +595,7 @@ def load_errors(name):
         raise NSAError(f"model {str(name)!r} cannot be loaded: {error}") from error
 
 
-def load_model(name, *, dtype=None, device=None, trust_remote_code=False, revision=None):
+def load_model(name, *, dtype=None, device=None, trust_remote_code=False, revision=None, **settings):
     """Load a causal language model, dense or NSA, and its tokenizer.
 
     Args:
@@ -604,6 +604,7 @@ def load_model(name, *, dtype=None, device=None, trust_remote_code=False, revisi
         device (str | torch.device | None): where to put it; CPU by default.
         trust_remote_code (bool): allow the checkpoint's own Python code.
         revision (str | None): branch, tag or commit of a hub id.
+        settings: `device_map`, `quantization_config` and others of `from_pretrained`; not for GGUF files.
 
     Returns:
         tuple[PreTrainedModel, PreTrainedTokenizerBase | None]: the model in evaluation mode; None where the
@@ -627,7 +628,7 @@ def load_model(name, *, dtype=None, device=None, trust_remote_code=False, revisi
     where = str(find_model(name) or name)
     kwargs = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     with load_errors(name):
-        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **kwargs)
+        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **kwargs, **settings)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **kwargs)
     except (OSError, ValueError) as error:
