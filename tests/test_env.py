@@ -34,7 +34,25 @@ def test_env_describes_devices(monkeypatch, capsys):
     monkeypatch.setattr("nsa_kernels.interface.resolve_backend", lambda backend, q: "triton")
     monkeypatch.setattr("nsa_kernels.availability.triton_error", lambda device: None)
     monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
+    found = {}
+    monkeypatch.setattr("nsa_kernels.tuning.stored", lambda index: found)
     assert cli.main(["env"]) == 0
     out = capsys.readouterr().out
     assert "Some GPU, compute capability 9.0, 80.0 GiB" in out
     assert "triton; the kernels can run" in out
+    assert "configurations: built in\n" in out
+    monkeypatch.setenv("NSA_KERNELS_CACHE", "/some/file.json")
+    found |= {"scores": {"one shape": {}, "another": {}}, "decode": {"one shape": {}}}
+    assert cli.main(["env"]) == 0
+    assert "configurations: 3 measured, in /some/file.json; else built in" in capsys.readouterr().out
+
+
+def test_env_tells_a_wrong_switch(monkeypatch):
+    from nsa_conversion.env import _configurations
+    from nsa_kernels import tuning
+
+    monkeypatch.setattr(tuning, "machine", lambda index: "Some GPU, Triton 3.6.0")
+    monkeypatch.setenv("NSA_KERNELS_TUNING", "off")
+    tuning.forget()
+    assert "NSA_KERNELS_TUNING must be 0" in _configurations(0)
+    tuning.forget()

@@ -210,9 +210,12 @@ def test_wheel_command_line_help(installed, tmp_path):
     code = f"""
 import contextlib
 from nsa_conversion.cli import main
+from nsa_kernels import tune
 for command in {COMMANDS}:
     with contextlib.suppress(SystemExit):
         main([command, "--help"])
+with contextlib.suppress(SystemExit):
+    tune.main(["--help"])
 """
     offered = run(installed, "-c", code, cwd=tmp_path).stdout
     assert all(f"usage: nsa {command} " in offered for command in COMMANDS)

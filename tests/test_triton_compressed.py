@@ -240,13 +240,14 @@ def test_compiles_for_sm90_without_spills(dims):
             "constants": {**constants, **config},
         }
 
-    forward, backward_q = (compressed._row_config(D, DV, torch.bfloat16, backward=x) for x in (False, True))
+    shape = (torch.bfloat16, D, DV, *(constants[name] for name in ("G", "SIZE", "STRIDE")))
+    forward, backward_q = compressed._forward_config.built_in(*shape), compressed._dq_config.built_in(*shape)
     saved = ("lse_ptr", "delta_ptr", "gate_ptr")
     jobs = [
         job("_forward_kernel", ("q_ptr", "o_ptr"), saved[:1], constants, forward, "kv", "BLOCK_N"),
         job("_backward_q_kernel", ("q_ptr", "do_ptr", "dq_ptr"), saved, backward, backward_q, "kv", "BLOCK_N"),
     ]
-    config, together = compressed._block_config(D, DV, torch.bfloat16)
+    config, together = compressed._dkdv_config.built_in(*shape), compressed._held_together(*shape[:3])
     partial = ("dk_ptr", "dv_ptr", *saved)
     for want_dk, want_dv in ((True, True),) if together else ((True, False), (False, True)):
         wanted = {**backward, "WANT_DK": want_dk, "WANT_DV": want_dv}

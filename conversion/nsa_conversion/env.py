@@ -32,7 +32,8 @@ def environment() -> dict:
     Returns:
         `python`, `platform`, `packages` (name -> version or None), `devices` (name, compute capability and GiB of each
         CUDA device), `cuda` (version that torch was built for, or None) and `backends`: device -> `{"auto": what
-        nsa_backend="auto" runs, "triton": why the kernels cannot run, or None}`.
+        nsa_backend="auto" runs, "triton": why the kernels cannot run, or None, "configurations": how they are launched,
+        or None}`.
     """
     import torch
 
@@ -61,11 +62,23 @@ def environment() -> dict:
         "backends": {
             name: {
                 "auto": resolve_backend("auto", torch.empty(1, 1, 1, 1, device=name)),
-                "triton": triton_error(name),
+                "triton": (error := triton_error(name)),
+                "configurations": None if error or name == "cpu" else _configurations(int(name.partition(":")[2])),
             }
             for name in names
         },
     }
+
+
+def _configurations(device):
+    """Whether launch configurations are built in or measured on this kind of GPU."""
+    from nsa_kernels import tuning
+
+    try:
+        count = sum(map(len, tuning.stored(device).values()))
+    except ValueError as error:
+        return f"error: {error}"
+    return f"{count} measured, in {tuning.cache_path()}; else built in" if count else "built in"
 
 
 def _text(found):
@@ -79,6 +92,8 @@ def _text(found):
     for name, backend in found["backends"].items():
         reason = f"; kernels: {backend['triton']}" if backend["triton"] else "; the kernels can run"
         rows[f"sparse layers on {name}"] = f"{backend['auto']}{reason}"
+        if backend["configurations"]:
+            rows[f"kernels on {name}"] = f"configurations: {backend['configurations']}"
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 

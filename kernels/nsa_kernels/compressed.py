@@ -37,6 +37,7 @@ from .triton_common import (
     store_pair,
     tile_map,
 )
+from .tuning import tunable
 
 __all__ = ["compressed_attention", "compressed_backward", "compressed_forward"]
 
@@ -84,9 +85,9 @@ def compressed_attention(
 
 def compressed_forward(q, k_cmp, v_cmp, compress_block_size, compress_stride, scale, layout):
     """Outputs of `compressed_attention`, without autograd; the values of a head of `lse` lie side by side."""
-    HQ, D, DV = *q.shape[-2:], v_cmp.shape[-1]
+    HQ = q.shape[-2]
     o, lse = empty_outputs(q, v_cmp, by_head=True)
-    config = _row_config(D, DV, q.dtype, backward=False)
+    config = _forward_config(*_shape_key(q, k_cmp, v_cmp, compress_block_size, compress_stride))
     tiles = layout.tiles(config["BLOCK_M"])
     q, k, v, o_rows, b_lse = map(layout.rows, (q, k_cmp, v_cmp, o, lse[..., None]))
     if not k.numel():
@@ -131,7 +132,8 @@ def compressed_backward(
     dk_cmp, dv_cmp = like(k_cmp, v_cmp)
     if not k.numel() or not dq.numel():
         return dq.zero_(), dk_cmp.zero_(), dv_cmp.zero_()
-    config = _row_config(D, DV, q.dtype, backward=True)
+    key = _shape_key(q, k, v, compress_block_size, compress_stride)
+    config = _dq_config(*key)
     tiles = layout.tiles(config["BLOCK_M"])
     _backward_q_kernel[(HQ, tiles, B)](
         q, do, dq_rows, lse, delta, gate, *strides(q, do, dq_rows),
@@ -143,7 +145,8 @@ def compressed_backward(
     # one partial gradient per query head: enough programs at any G, and a sum in fixed order
     allocate = torch.zeros if layout.packed else torch.empty  # packed: rows behind the last sequence have no program
     part_k, part_v = (allocate(B, HQ, C, x, dtype=torch.float32, device=q.device).transpose(1, 2) for x in (D, DV))
-    config, together = _block_config(D, DV, q.dtype)
+    config = _dkdv_config(*key)
+    together = _held_together(q.dtype, D, DV)
     tile = config["BLOCK_N"]
     tiles = C // tile + layout.N if layout.packed else cdiv(C, tile)
     map_ptr = tile_map(cu_k, tile, C) if layout.packed else None
@@ -211,7 +214,33 @@ def cu_blocks(layout, compress_block_size, compress_stride):
     return compressed_cu_seqlens(layout.cu_seqlens, compress_block_size, compress_stride)
 
 
-def _row_config(D, DV, dtype, backward):
+def _shape_key(q, k, v, compress_block_size, compress_stride):
+    """What configurations are chosen by."""
+    G = q.shape[-2] // k.shape[-2]
+    return q.get_device(), q.dtype, q.shape[-1], v.shape[-1], G, compress_block_size, compress_stride
+
+
+@tunable(
+    "compressed_forward",
+    (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 32, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3),
+    (128, 128, 8, 2), (64, 32, 8, 1), (64, 16, 8, 1), (32, 32, 4, 1),
+    held="q", streamed="k v", accumulated="o s",
+)  # fmt: skip
+def _forward_config(dtype, D, DV, G, compress_block_size, compress_stride):
+    return _row_config(dtype, D, DV, backward=False)
+
+
+@tunable(
+    "compressed_dq",
+    (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2),
+    (64, 32, 8, 1), (64, 16, 8, 1), (32, 32, 4, 1),
+    held="q o", streamed="k v", accumulated="q s s",
+)  # fmt: skip
+def _dq_config(dtype, D, DV, G, compress_block_size, compress_stride):
+    return _row_config(dtype, D, DV, backward=True)
+
+
+def _row_config(dtype, D, DV, backward):
     """Tiles of the kernels that own a tile of queries."""
     widest = max(D, DV)
     if dtype == torch.float32:
@@ -222,17 +251,26 @@ def _row_config(D, DV, dtype, backward):
     return {"BLOCK_M": 128, "BLOCK_N": 32 if backward else 64, "num_warps": 8, "num_stages": 2}
 
 
-def _block_config(D, DV, dtype):
-    """Tiles of the kernel that owns a tile of compressed blocks, and whether one launch holds both dk and dv."""
+@tunable(
+    "compressed_dkdv",
+    (32, 128, 8, 3), (32, 128, 8, 4), (32, 64, 4, 3), (32, 64, 4, 4), (32, 64, 8, 2), (32, 64, 8, 3), (64, 64, 8, 2),
+    (64, 128, 8, 2), (32, 32, 8, 1), (32, 16, 8, 1),
+    held="k v", streamed="q o", accumulated="k v s s",
+)  # fmt: skip
+def _dkdv_config(dtype, D, DV, G, compress_block_size, compress_stride):
     widest = max(D, DV)
     if dtype == torch.float32:
-        rows, keys, stages, together = 32, 32, 1, widest <= 128
+        keys, stages = 32, 1
     elif widest <= 128:
-        rows, keys, stages, together = 32, 128, 4, True
+        keys, stages = 128, 4
     else:
-        rows, keys, stages, together = 32, 64, 2, D + DV <= 320
-    config = {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 8, "num_stages": stages}
-    return config, together
+        keys, stages = 64, 2
+    return {"BLOCK_M": 32, "BLOCK_N": keys, "num_warps": 8, "num_stages": stages}
+
+
+def _held_together(dtype, D, DV):
+    """Whether one launch of the kernel that owns a tile of compressed blocks holds both dk and dv."""
+    return max(D, DV) <= 128 or (dtype != torch.float32 and D + DV <= 320)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

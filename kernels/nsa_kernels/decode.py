@@ -40,6 +40,7 @@ from .triton_common import (
     split_head_dim,
     store_pair,
 )
+from .tuning import tunable
 from .validation import MAX_DECODE_QUERIES
 from .window import _query_rows, _tiles
 
@@ -135,9 +136,11 @@ def _compute(
     q, k, v, k_cmp, v_cmp, k_win, v_win = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, k_cmp, v_cmp, k_win, v_win)
     )
-    most = 16 if q.dtype == torch.float32 else 32 if max(D, DV) > 128 else 64
-    rows, single = _row_tiles(G, T, most), _row_tiles(G, 1, most)
-    config, config_single = (_config(D, DV, q.dtype, tile["BLOCK_M"]) for tile in (rows, single))
+    rows, single = (_row_tiles(q.dtype, D, DV, G, queries) for queries in (T, 1))
+    blocks = (compress_block_size, compress_stride, select_block_size)
+    config, config_single = (
+        _config(q.get_device(), q.dtype, D, DV, G, tile["BLOCK_M"], *blocks) for tile in (rows, single)
+    )
     fold = fold_sizes(compress_block_size, compress_stride, select_block_size, narrowest=config["BLOCK_N"])
     S = cdiv(k.shape[1], select_block_size)
     padded = 16 * cdiv(S, 16)  # rows start where 16-byte loads can
@@ -168,6 +171,7 @@ def _compute(
         "LEFTPAD": leftpad is not None,
     }
     shapes = {"G": G, **head_dims(q, "D"), **head_dims(v, "DV"), "PRECISION": precision(q.dtype), "scale": scale}
+    shapes["enable_fp_fusion"] = True
     compression = {"SIZE": compress_block_size, "STRIDE": compress_stride, "RATIO": fold["RATIO"], "OUT": fold["OUT"]}
     forced = {"N": num_selected_blocks, "INITIAL": num_initial_blocks, "LOCAL": num_local_blocks}
     free = num_selected_blocks > num_initial_blocks + num_local_blocks
@@ -238,21 +242,28 @@ def _splits(tiles: int, programs: int, device: torch.device) -> int:
     return min(_MAX_SPLITS, tiles if tiles < 2 * fitting else fitting)
 
 
-def _row_tiles(G, T, most):
-    """Rows of a tile, at most `most`: TILE queries times GT of the G heads of a group."""
+def _row_tiles(dtype, D, DV, G, T):
+    """Rows of a tile: TILE of T queries times GT of the G heads of a group, at most what registers hold."""
+    most = 16 if dtype == torch.float32 else 32 if max(D, DV) > 128 else 64
     rows = min(most, max(16, next_power_of_2(G * T)))
     return {**_tiles(G, rows), "BLOCK_M": rows}
 
 
-def _config(D, DV, dtype, rows):
-    """Tiles of keys for tiles of so many rows."""
+@tunable(
+    "decode",
+    (64, 4, 2), (64, 4, 3), (64, 4, 4), (32, 4, 3), (32, 4, 4), (64, 8, 2), (64, 8, 3), (128, 8, 2),
+    (32, 8, 1), (32, 4, 1), (16, 4, 1),
+    held="q", streamed="k v", accumulated="o s",
+)  # fmt: skip
+def _config(dtype, D, DV, G, BLOCK_M, compress_block_size, compress_stride, select_block_size):
+    """Tiles of keys for tiles of BLOCK_M rows."""
     widest, pairs = max(D, DV), any(split_head_dim(size)[1] for size in (D, DV))
     if dtype == torch.float32:
         keys, warps, stages = (32, 8, 1) if widest <= 128 else (16, 4, 1)
     else:
-        keys, warps = 64, 8 if rows > 16 and (widest > 128 or pairs) else 4
+        keys, warps = 64, 8 if BLOCK_M > 16 and (widest > 128 or pairs) else 4
         stages = 3 if widest <= 128 else 2
-    return {"BLOCK_N": keys, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return {"BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

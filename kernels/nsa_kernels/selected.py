@@ -41,6 +41,7 @@ from .triton_common import (
     store_pair,
     tile_map,
 )
+from .tuning import tunable
 
 __all__ = ["selected_attention", "selected_backward", "selected_forward"]
 
@@ -152,7 +153,7 @@ def selected_forward(q, k, v, block_indices, select_block_size, scale, layout):
     blocks, words, counts = _union_lists(block_indices, k.shape[1], layout, select_block_size, tile)
     groups = cdiv(q.shape[2] // H, heads)
     if q.numel():
-        config = _forward_config(q, v, select_block_size)
+        config = _forward_config(*_shape_key(q, k, v, select_block_size))
         _forward_kernel[(layout.tiles(tile), H * groups, layout.B)](
             q, b_o, b_lse, blocks, words, counts, layout.map(tile), *q.stride()[:3], *b_o.stride()[:3],
             *b_lse.stride()[:3], **describe("k", k, config["BLOCK_N"]), **describe("v", v, config["BLOCK_N"]),
@@ -162,27 +163,55 @@ def selected_forward(q, k, v, block_indices, select_block_size, scale, layout):
     return o, lse
 
 
-def _forward_config(q, v, select_block_size):
-    widest = max(q.shape[-1], v.shape[-1])
-    if q.dtype == torch.float32:
+def _shape_key(q, k, v, select_block_size):
+    """What configurations are chosen by."""
+    return q.get_device(), q.dtype, q.shape[-1], v.shape[-1], q.shape[2] // k.shape[2], select_block_size
+
+
+def _holds_part(config, *, select_block_size, **_shape):
+    """Whether a tile of keys is a block, or a part of one."""
+    return config["BLOCK_N"] == _key_tile(select_block_size, config["BLOCK_N"])
+
+
+@tunable(
+    "selected_forward",
+    (_ROWS, 64, 4, 2), (_ROWS, 64, 4, 3), (_ROWS, 64, 4, 4), (_ROWS, 32, 4, 3), (_ROWS, 32, 4, 4), (_ROWS, 64, 8, 2),
+    (_ROWS, 32, 8, 1), (_ROWS, 16, 8, 1), (_ROWS, 16, 4, 1),
+    held="q", streamed="k v", accumulated="o s", valid=_holds_part,
+)  # fmt: skip
+def _forward_config(dtype, D, DV, G, select_block_size):
+    widest = max(D, DV)
+    if dtype == torch.float32:
         keys, warps, stages = 32 if widest <= 64 else 16, 8, 1
     else:
         keys, warps, stages = 64, 4, 3 if widest <= 128 else 2
     return {"BLOCK_M": _ROWS, "BLOCK_N": _key_tile(select_block_size, keys), "num_warps": warps, "num_stages": stages}
 
 
-def _dq_config(q, v, select_block_size):
-    widest = max(q.shape[-1], v.shape[-1])
-    if q.dtype == torch.float32:
+@tunable(
+    "selected_dq",
+    (_ROWS, 64, 4, 2), (_ROWS, 64, 4, 3), (_ROWS, 32, 4, 3), (_ROWS, 32, 8, 2), (_ROWS, 64, 8, 2), (_ROWS, 64, 8, 3),
+    (_ROWS, 32, 8, 1), (_ROWS, 16, 8, 1), (_ROWS, 16, 4, 1),
+    held="q o", streamed="k v", accumulated="q s s", valid=_holds_part,
+)  # fmt: skip
+def _dq_config(dtype, D, DV, G, select_block_size):
+    widest = max(D, DV)
+    if dtype == torch.float32:
         keys, warps, stages = 32 if widest <= 32 else 16, 8, 1
     else:
         keys, warps, stages = (64, 4, 2) if widest <= 128 else (32, 8, 2)
     return {"BLOCK_M": _ROWS, "BLOCK_N": _key_tile(select_block_size, keys), "num_warps": warps, "num_stages": stages}
 
 
-def _dkdv_config(q, v, select_block_size):
-    widest = max(q.shape[-1], v.shape[-1])
-    if q.dtype == torch.float32:
+@tunable(
+    "selected_dkdv",
+    (32, 64, 4, 3), (32, 64, 4, 4), (32, 64, 4, 5), (32, 32, 4, 4), (32, 64, 8, 2), (32, 64, 8, 3), (32, 32, 8, 2),
+    (32, 32, 8, 1), (32, 16, 8, 1),
+    held="k v", streamed="q o", accumulated="k v s s", valid=_holds_part,
+)  # fmt: skip
+def _dkdv_config(dtype, D, DV, G, select_block_size):
+    widest = max(D, DV)
+    if dtype == torch.float32:
         keys, config = 32 if widest <= 128 else 16, {"num_warps": 8, "num_stages": 1}
     elif widest <= 128:  # the rows come from all over the memory: fetch them far ahead
         # a stage more spills registers in Triton 3.6
@@ -268,7 +297,7 @@ def _launch_dq(q, k, v, block_indices, do, stats, dq, add, layout, select_block_
     tile, heads = _tiles(q.shape[2] // H, n)
     blocks, words, counts = _union_lists(block_indices, k.shape[1], layout, select_block_size, tile)
     groups = cdiv(q.shape[2] // H, heads)
-    config = _dq_config(q, v, select_block_size)
+    config = _dq_config(*_shape_key(q, k, v, select_block_size))
     _dq_kernel[(layout.tiles(tile), H * groups, layout.B)](
         q, do, stats, dq, blocks, words, counts, layout.map(tile), *q.stride()[:3], *do.stride()[:3],
         *stats.stride()[:2], *dq.stride()[:3], **describe("k", k, config["BLOCK_N"]),
@@ -321,7 +350,7 @@ def _launch_dkdv(q, k, v, block_indices, do, stats, dk, dv, layout, select_block
     split = min(_SPLIT, max(_SHORT_SPLIT, next_power_of_2(B * H * T * n // _BUSY)))
     split = max(split, next_power_of_2(T) // 32)  # bounds the memory for parts
     parts = tile_map(bounds, split, T * n)  # [B · H, programs, 2]: block, first entry
-    config = _dkdv_config(q, v, select_block_size)
+    config = _dkdv_config(*_shape_key(q, k, v, select_block_size))
     subs = cdiv(select_block_size, config["BLOCK_N"])
     # a list longer than `split` owns 2 · (length // split) slots or more
     slots = 2 * (T * n // split) if split < T else 0

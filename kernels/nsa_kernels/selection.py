@@ -28,6 +28,7 @@ from .triton_common import (
     next_power_of_2,
     precision,
 )
+from .tuning import tunable
 
 __all__ = ["select_blocks"]
 
@@ -103,7 +104,9 @@ def chosen_blocks(
     if not out.numel():
         return block_indices
 
-    config = _score_config(q.shape[-1], q.dtype)
+    config = _score_config(
+        q.get_device(), q.dtype, q.shape[-1], q.shape[2] // H, compress_block_size, compress_stride, select_block_size
+    )
     rows = 32 if interpreted() else 1  # one row a warp is fastest on a GPU, many at once in the interpreter
     narrowest = 64 if q.dtype == torch.float32 and q.shape[-1] > 128 else 128  # what shared memory holds
     fold = fold_sizes(compress_block_size, compress_stride, select_block_size, narrowest)
@@ -204,7 +207,12 @@ def fold_sizes(compress_block_size, compress_stride, select_block_size, narrowes
     )
 
 
-def _score_config(D, dtype):
+@tunable(
+    "scores",
+    (64, 4, 2), (64, 4, 3), (64, 8, 2), (32, 4, 2), (128, 8, 2), (32, 8, 1), (32, 4, 1),
+    held="k", streamed="q", accumulated="s s",
+)  # fmt: skip
+def _score_config(dtype, D, G, compress_block_size, compress_stride, select_block_size):
     """Tiles of the kernel that computes importances; BLOCK_N comes from `fold_sizes`."""
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "num_warps": 8, "num_stages": 1}

@@ -37,6 +37,7 @@ from .triton_common import (
     split_head_dim,
     store_pair,
 )
+from .tuning import tunable
 
 __all__ = ["window_attention", "window_backward", "window_forward"]
 
@@ -104,7 +105,7 @@ def window_forward(q, k, v, window_size, scale, layout, branches=None, *, keep=T
     lse_strides = layout.rows(lse[..., None]).stride()[:3] if keep else (0, 0, 0)
     o_cmp, o_slc, *gates = branches or (None,) * 5
     gate_rows = [layout.rows(g[..., None]).stride()[:3] if branches else (0, 0, 0) for g in gates]
-    config = _forward_config(q, v)
+    config = _forward_config(*_shape_key(q, k, v))
     tiles = _tiles(q.shape[2] // k.shape[2], config["BLOCK_M"])
     _forward_kernel[(layout.tiles(tiles["TILE"]), k.shape[2] * tiles["GROUPS"], layout.B)](
         q, o, lse, o_cmp, o_slc, total, *gates, layout.map(tiles["TILE"]),
@@ -115,26 +116,49 @@ def window_forward(q, k, v, window_size, scale, layout, branches=None, *, keep=T
     return o, lse, total
 
 
-def _forward_config(q, v):
-    widest = max(q.shape[-1], v.shape[-1])
-    if q.dtype == torch.float32:
+def _shape_key(q, k, v):
+    """What configurations are chosen by."""
+    return q.get_device(), q.dtype, q.shape[-1], v.shape[-1], q.shape[2] // k.shape[2]
+
+
+@tunable(
+    "window_forward",
+    (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 32, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3),
+    (64, 32, 8, 1), (64, 16, 8, 1), (32, 32, 4, 1),
+    held="q", streamed="k v", accumulated="o s",
+)  # fmt: skip
+def _forward_config(dtype, D, DV, G):
+    widest = max(D, DV)
+    if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 32 if widest <= 64 else 16, "num_warps": 8, "num_stages": 1}
-    warps = 4 if v.shape[-1] <= 128 else 8  # the outputs of two branches at once
+    warps = 4 if DV <= 128 else 8  # the outputs of two branches at once
     return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": warps, "num_stages": 3 if widest <= 128 else 2}
 
 
-def _dq_config(q, v):
-    widest = max(q.shape[-1], v.shape[-1])
-    if q.dtype == torch.float32:
+@tunable(
+    "window_dq",
+    (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2),
+    (64, 32, 8, 1), (64, 16, 8, 1), (32, 32, 4, 1),
+    held="q o", streamed="k v", accumulated="q s s",
+)  # fmt: skip
+def _dq_config(dtype, D, DV, G):
+    widest = max(D, DV)
+    if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 32 if widest <= 32 else 16, "num_warps": 8, "num_stages": 1}
     if widest <= 128:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
 
 
-def _dkdv_config(q, v):
-    widest = max(q.shape[-1], v.shape[-1])
-    if q.dtype == torch.float32:
+@tunable(
+    "window_dkdv",
+    (32, 64, 3, 4, 3), (32, 64, 2, 4, 3), (32, 64, 3, 4, 4), (32, 64, 2, 4, 2), (32, 64, 2, 8, 2), (32, 32, 2, 8, 2),
+    (32, 128, 3, 8, 3), (32, 32, 1, 8, 1), (32, 16, 1, 8, 1),
+    held="k v", streamed="q o", accumulated="k v s s",
+)  # fmt: skip
+def _dkdv_config(dtype, D, DV, G):
+    widest = max(D, DV)
+    if dtype == torch.float32:
         keys, config = 32 if widest <= 128 else 16, {"EDGE_STAGES": 1, "num_warps": 8, "num_stages": 1}
     elif widest <= 128:
         keys, config = 64, {"EDGE_STAGES": 3, "num_warps": 4, "num_stages": 3}
@@ -167,7 +191,7 @@ def window_backward(do, q, k, v, lse, delta, window_size, scale, layout, *, gate
     arguments = _arguments(q, k, v, layout, window_size, scale)
     H = k.shape[2]
 
-    config = _dq_config(q, v)
+    config = _dq_config(*_shape_key(q, k, v))
     tiles = _tiles(q.shape[2] // H, config["BLOCK_M"])
     _dq_kernel[(layout.tiles(tiles["TILE"]), H * tiles["GROUPS"], layout.B)](
         q, do, lse, delta, gate, b_dq, layout.map(tiles["TILE"]), *q.stride()[:3], *do.stride()[:3], *lse.stride(),
@@ -175,7 +199,7 @@ def window_backward(do, q, k, v, lse, delta, window_size, scale, layout, *, gate
         HAS_GATE=gate is not None, ADD=add, **tiles, **config,
     )  # fmt: skip
 
-    config = _dkdv_config(q, v)
+    config = _dkdv_config(*_shape_key(q, k, v))
     keys = config["BLOCK_N"]
     tiles = layout.tiles(keys) if layout.packed else cdiv(k.shape[1], keys)
     _dkdv_kernel[(tiles, H, layout.B)](
