@@ -48,6 +48,11 @@ class Arguments(SFTConfig):
     assistant_only_loss: bool = field(default=True, metadata={"help": "Loss on the assistant's tokens alone."})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Packed rows per device and step."})
 
+    def __post_init__(self):
+        if self.bf16 is None and self.use_cpu:
+            self.bf16 = False  # TRL's default is bfloat16, which is slow on most CPUs
+        super().__post_init__()
+
 
 def main(argv: list[str] | None = None) -> SFTTrainer:
     """Train, save, and return the trainer."""
