@@ -156,7 +156,7 @@ def _prepare(do, outputs, gates, lse_slc, layout):
         dgates: Σ o · do in the dtypes of the gates.
     """
     shape, device = gates[0].shape, do.device
-    sides = [[empty_values(shape, device, by_head=True) for _ in range(2)] for _ in range(2)]
+    delta_cmp, gate_cmp, delta_win, gate_win = (empty_values(shape, device, by_head=True) for _ in range(4))
     stats = torch.empty(*shape, 4, dtype=torch.float32, device=device)
     dgates = [torch.empty_like(g, memory_format=torch.contiguous_format) for g in gates]
     do = layout.rows(do)
@@ -164,11 +164,11 @@ def _prepare(do, outputs, gates, lse_slc, layout):
     tile = 16
     if do.numel():
         _prepare_kernel[(cdiv(T * HQ, tile), B)](
-            do, *outputs, *gates, lse_slc, *sides[0], stats, *sides[1], *dgates, *do.stride()[:3],
+            do, *outputs, *gates, lse_slc, delta_cmp, gate_cmp, stats, delta_win, gate_win, *dgates, *do.stride()[:3],
             *(stride for g in gates for stride in layout.rows(g[..., None]).stride()[:3]),
             T, HQ, DV, TILE=tile, BLOCK=next_power_of_2(DV), num_warps=4,
         )  # fmt: skip
-    return sides[0], stats, sides[1], dgates
+    return (delta_cmp, gate_cmp), stats, (delta_win, gate_win), dgates
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -436,7 +436,8 @@ def _union_kernel(
     total = tl.cumsum(bit, 0)
     tl.store(blocks_ptr + slot, block, mask=first)
     tl.store(words_ptr + slot, total - bit, mask=first)
-    tl.store(words_ptr + count, tl.sum(bit, 0))
+    # 32 bits add up to a word that wraps around, as the cumulative sums do
+    tl.store(words_ptr + count, tl.sum(bit.to(tl.int64), 0).to(one.dtype))
     tl.store(counts_ptr + i_list, count)
 
 
