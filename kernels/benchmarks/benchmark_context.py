@@ -34,7 +34,7 @@ from benchmark_training import (
     measure_steps,
     summed_loss,
 )
-from common import COLORS, Results, machine, make_parser, new_figure, numbers, require_cuda, save_figure
+from common import Results, machine, make_parser, plot_steps, require_cuda
 
 from modeling_nsa import shard_inputs
 from nsa_kernels import reference
@@ -196,21 +196,10 @@ def efficiencies(rows, row):
 
 def plot(rows, path):
     """Tokens per second and peak memory by length and number of GPUs."""
-    figure, axes = new_figure(f"Training steps of a 1B model over GPUs, {rows[0]['gpu']}", 2)
+    title = f"Training steps of a 1B model over GPUs, {rows[0]['gpu']}"
     rows = [row for row in rows if row["mode"] == "step"]
-    for ax, value, label in zip(axes, ("tokens_per_s", "peak_gib"), ("tokens per second", "peak memory of a GPU, GiB")):
-        for color, gpus in zip(itertools.cycle(COLORS), sorted({row["gpus"] for row in rows})):
-            points = numbers(rows, value, gpus=gpus)
-            if points:
-                ax.plot(*zip(*points), marker="o", color=color, label=f"{gpus} GPU{'s' if gpus > 1 else ''}")
-        ticks = sorted({row["tokens"] for row in rows})
-        ax.set(xscale="log", xlabel="tokens in a sequence", ylabel=label, ylim=(0, None))
-        ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        ax.minorticks_off()
-    axes[0].legend(frameon=False, fontsize=8)
-    picture = path.with_suffix(".png")
-    save_figure(figure, picture)
-    return picture
+    series = {f"{n} GPU{'s' if n > 1 else ''}": {"gpus": n} for n in sorted({row["gpus"] for row in rows})}
+    return plot_steps(rows, path, title, series, "sequence", "peak memory of a GPU, GiB")
 
 
 def parse(arguments=None):

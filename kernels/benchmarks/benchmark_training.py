@@ -26,16 +26,13 @@ import torch.nn.functional as F
 from benchmark_attention import DENSE
 from benchmark_parts import record_kernels
 from common import (
-    COLORS,
     SIZES,
     Results,
     check,
     machine,
     make_parser,
-    new_figure,
-    numbers,
+    plot_steps,
     require_cuda,
-    save_figure,
     unions,
 )
 from torch.nn.attention import sdpa_kernel
@@ -210,20 +207,9 @@ def measure_compression(model, ids, repeats=3):
 
 def plot(rows, path):
     """Tokens per second and peak memory by length."""
-    figure, axes = new_figure(f"Training steps of a 1B model, {rows[0]['gpu']}", 2)
-    for ax, value, label in zip(axes, ("tokens_per_s", "peak_gib"), ("tokens per second", "peak memory, GiB")):
-        for color, (name, text) in zip(COLORS, dict.fromkeys((row["implementation"], row["text"]) for row in rows)):
-            points = numbers(rows, value, implementation=name, text=text)
-            if points:
-                ax.plot(*zip(*points), marker="o", color=color, label=f"{name}, {text} text")
-        ticks = sorted({row["tokens"] for row in rows})
-        ax.set(xscale="log", xlabel="tokens in a step", ylabel=label, ylim=(0, None))
-        ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        ax.minorticks_off()
-    axes[0].legend(frameon=False, fontsize=8)
-    picture = path.with_suffix(".png")
-    save_figure(figure, picture)
-    return picture
+    found = dict.fromkeys((row["implementation"], row["text"]) for row in rows)
+    series = {f"{name}, {text} text": {"implementation": name, "text": text} for name, text in found}
+    return plot_steps(rows, path, f"Training steps of a 1B model, {rows[0]['gpu']}", series, "step", "peak memory, GiB")
 
 
 def parse(arguments=None):

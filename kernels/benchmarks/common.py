@@ -5,6 +5,7 @@
 import argparse
 import csv
 import datetime
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,6 +33,7 @@ __all__ = [
     "measure_passes",
     "new_figure",
     "numbers",
+    "plot_steps",
     "require_cuda",
     "save_figure",
     "unions",
@@ -265,6 +267,36 @@ def new_figure(title: str, columns: int = 1):
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def plot_steps(rows: list[dict], path: Path, title: str, series: dict[str, dict], unit: str, memory: str) -> Path:
+    """Tokens per second and peak memory of training steps by length, one line per label of `series`; see `numbers`.
+
+    Args:
+        path: CSV file, beside which the picture goes.
+        series: What `numbers` selects a line's rows by.
+        unit: What a length counts the tokens of.
+        memory: Label of the second axis.
+
+    Returns:
+        The picture.
+    """
+    figure, axes = new_figure(title, 2)
+    for ax, value, label in zip(axes, ("tokens_per_s", "peak_gib"), ("tokens per second", memory)):
+        for color, (name, wanted) in zip(itertools.cycle(COLORS), series.items()):
+            points = numbers(rows, value, **wanted)
+            if points:
+                ax.plot(*zip(*points), marker="o", color=color, label=name)
+        ticks = sorted({row["tokens"] for row in rows})
+        ax.set(xscale="log", xlabel=f"tokens in a {unit}", ylabel=label)
+        if ax.lines:
+            ax.set_ylim(0, 1.08 * ax.dataLim.ymax)
+        ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        ax.minorticks_off()
+    axes[0].legend(frameon=False, fontsize=8)
+    picture = path.with_suffix(".png")
+    save_figure(figure, picture)
+    return picture
 
 
 def save_figure(figure, path: Path) -> None:
