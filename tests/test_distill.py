@@ -139,7 +139,7 @@ def test_losses_on_a_gpu_equal_those_on_the_cpu(models, packed, layer):
         torch.testing.assert_close(gpu.cpu(), cpu, rtol=1e-4, atol=1e-6)
 
 
-def test_gradients_reach_nothing_but_phi(models, packed):
+def test_gradients_reach_nothing_but_phi_and_what_it_alone_reads(models, packed):
     _, nsa = models
     nsa.zero_grad()
     with layer_inputs(nsa) as inputs:
@@ -148,7 +148,9 @@ def test_gradients_reach_nothing_but_phi(models, packed):
     assert sum(len(each.positions) for each in queries) == 20
     sum(sum(selector_losses(each, queries)) for each in inputs).backward()
     moved = {name for name, parameter in nsa.named_parameters() if parameter.grad is not None}
-    assert moved == {name for name, _ in nsa.named_parameters() if "compress_" in name}
+    parts = ("compress_", "_proj_cmp", "k_norm_cmp")
+    assert moved == {name for name, _ in nsa.named_parameters() if any(part in name for part in parts)}
+    assert any("_proj_cmp" in name for name in moved) == (not nsa.config.shared_kv)
     for name in ("compress_k", "compress_v"):
         assert getattr(inputs[0].attention, name).w2.grad.abs().max() > 0
     nsa.zero_grad()

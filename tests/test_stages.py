@@ -49,15 +49,20 @@ def changed(before, after):
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-def test_warmup_teaches_phi_alone(run, tmp_path):
+def selector(names):
+    """Parameters of φ and of the projections of its branch."""
+    return {name for name in names if "compress_" in name or "_proj_cmp" in name}
+
+
+def test_warmup_teaches_phi_and_what_it_reads(run, tmp_path):
     history, before, after = run("out", "row.txt", stage="warmup", max_steps=15, new_parameter_lr=1e-2)
-    assert changed(before, after) == {name for name in before if "compress_" in name}
+    assert changed(before, after) == selector(before)
     for term in ("selector_loss", "value_loss"):
         assert history[-1][term] < 0.9 * history[0][term], term
     for entry in history:
         assert entry["loss"] == pytest.approx(entry["selector_loss"] + entry["value_loss"], abs=1e-3)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "φ alone, 15 steps" in card
+    assert "φ and its projections, 15 steps" in card
     assert "| `new_parameter_lr` | 0.01 |" in card
     assert "`teacher`" not in card
 
@@ -71,7 +76,7 @@ def test_warmup_teaches_a_pooling_phi_with_repeated_passages(places, tmp_path):
     for term in ("selector_loss", "value_loss"):
         assert history[-1][term] < 0.95 * history[0][term], term
     before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("nsa", "out"))
-    assert changed(before, after) == {name for name in before if "compress_" in name}
+    assert changed(before, after) == selector(before)
 
 
 def test_adapt_comes_closer_to_the_teacher(run, places):
@@ -91,6 +96,20 @@ def test_adapt_comes_closer_to_the_teacher(run, places):
         expected = entry["next_token_loss"] + 20 * entry["distill_loss"] + entry["selector_loss"]
         assert entry["loss"] == pytest.approx(expected, abs=1e-3)
         assert "value_loss" not in entry
+
+
+def test_without_the_next_token_only_the_teacher_is_followed(run, places):
+    """Packed documents, whose teacher reads each alone; with all blocks selected the model is its teacher."""
+    settings = {"stage": "adapt", "teacher": str(places / "dense"), "per_device_train_batch_size": 2}
+    settings |= {"next_token_weight": 0.0, "learning_rate": 1e-3, "max_steps": 12}
+    (first,), _, _ = run("exact", **settings | {"max_steps": 1, "anneal_blocks": 1.0})
+    assert first["distill_loss"] == pytest.approx(0, abs=1e-5)
+    history, before, after = run("out", "row.txt", **settings)
+    assert history[-1]["distill_loss"] < 0.9 * history[0]["distill_loss"]
+    assert changed(before, after) == set(before)
+    for entry in history:
+        assert "next_token_loss" not in entry
+        assert entry["loss"] == pytest.approx(entry["distill_loss"] + entry["selector_loss"], abs=1e-3)
 
 
 @pytest.mark.parametrize("stage", ["warmup", "adapt"])
@@ -197,6 +216,7 @@ def test_parameter_groups_hold_rates_and_decay(places, tmp_path, lora):
     for parameter, (lr, decay) in seen.items():
         name = names[parameter]
         new = any(f"self_attn.{part}." in name for part in ("compress_k", "compress_v", "gate"))
+        new |= "_proj_cmp" in name
         assert lr == (3e-4 if new else 1e-5), name
         assert (decay > 0) == (not ("bias" in name or "norm" in name)), name
     scales = [name for parameter, name in names.items() if "gate_scale" in name and parameter in seen]
@@ -242,9 +262,10 @@ def test_evaluation_is_of_the_sparse_model(run, places, tmp_path):
         ({"selector_queries": 5}, "--selector-queries belongs to --stage warmup or adapt, got --stage sft"),
         (
             {"stage": "warmup", "learning_rate": 1e-3},
-            "--stage warmup trains φ alone: set its rate with --new-parameter-lr",
+            "--stage warmup trains new parts alone: set their rate with --new-parameter-lr",
         ),
         ({"stage": "adapt", "distill_weight": 1.0}, "--distill-weight needs --teacher"),
+        ({"stage": "adapt", "next_token_weight": 0.0}, "--next-token-weight 0 leaves all weights to --teacher"),
         ({"stage": "adapt", "selector_weight": -1.0}, "--selector-weight must not be negative, got -1.0"),
         ({"stage": "adapt", "selector_queries": 0}, "--selector-queries must be at least 1, got 0"),
         (

@@ -198,7 +198,7 @@ def _training(records):
     lora = groups["lora"]["lora"]
     stage = {name: value for name, value in groups.get("stage", {}).items() if value is not None}
     groups = {**groups, "stage": stage}
-    trained = "φ alone" if stage.get("stage") == "warmup" else "LoRA" if lora else "All weights"
+    trained = "φ and its projections" if stage.get("stage") == "warmup" else "LoRA" if lora else "All weights"
     rows = [
         [f"`{name}`", groups[group][name]]
         for group, names in _ARGUMENTS.items()

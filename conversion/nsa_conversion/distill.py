@@ -3,7 +3,8 @@
 """What dense attention teaches a sparse model: which blocks matter, what lies outside the window, and its logits.
 
 The inputs of the sparse layers are kept, detached, during a forward pass and the losses computed behind it, so that
-gradient checkpointing can neither drop nor repeat them. Their gradients reach φ alone.
+gradient checkpointing can neither drop nor repeat them. Their gradients reach φ and, where it has its own, the
+projections and the norm that φ reads.
 
 Shapes: T tokens of a row of packed documents, Q chosen queries of one of them, HQ query heads, H key/value heads,
 G = HQ // H, S selectable blocks.
@@ -33,13 +34,14 @@ __all__ = [
     "distillation_loss",
     "layer_inputs",
     "selector_losses",
+    "selector_modules",
     "sparse_layers",
 ]
 
 SELECTOR_TARGETS = ("mass", "output", "vector")
 # Probabilities held at once, in elements.
 _MAX_SCORES = 2**26
-_LOGIT_ROWS = 512
+_LOGIT_ROWS = 2048
 
 
 def sparse_layers(model) -> list[torch.nn.Module]:
@@ -201,12 +203,20 @@ def dense_statistics(
     return torch.cat(mass), torch.cat(outside)
 
 
+def selector_modules(attention: torch.nn.Module) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
+    """What the two losses of `selector_losses` train: φ_K and φ_V, and with separate K/V what they read."""
+    if attention.config.shared_kv:
+        return [attention.compress_k], [attention.compress_v]
+    keys = [attention.compress_k, attention.k_proj_cmp, attention.k_norm_cmp]
+    return keys, [attention.compress_v, attention.v_proj_cmp]
+
+
 def selector_losses(layer: LayerInput, queries: list[Queries], target: str = "mass") -> tuple[torch.Tensor, ...]:
     """How far φ_K is from the dense choice of blocks, and φ_V from what dense attention reads outside the window.
 
     The first is KL(dense ‖ importance), eq. 9-10, both normalised over the visible blocks that are not forced, in nats
-    per query and group. The second is the squared error of o_cmp over the squared norm of its target. Queries, keys and
-    values are detached; the compressed probabilities are, for the second.
+    per query and group. The second is the squared error of o_cmp over the squared norm of its target. Queries, and what
+    other branches read, are detached; the compressed probabilities are, for the second.
 
     Args:
         layer: of `layer_inputs`.
@@ -214,21 +224,19 @@ def selector_losses(layer: LayerInput, queries: list[Queries], target: str = "ma
         target: see `dense_statistics`.
 
     Returns:
-        Two fp32 scalars with gradients for `compress_k` and for `compress_v`.
+        Two fp32 scalars with gradients for `compress_k` and for `compress_v`, and what they read (`selector_modules`).
     """
     attention, hidden_states, position_embeddings, layout = layer
     config, device = attention.config, hidden_states.device
     if not queries:
         return tuple(
-            sum(parameter.sum() for parameter in phi.parameters()) * 0.0
-            for phi in (attention.compress_k, attention.compress_v)
+            sum(parameter.sum() for module in modules for parameter in module.parameters()) * 0.0
+            for modules in selector_modules(attention)
         )
     with torch.no_grad():
         rotate = attention._rotation(position_embeddings)
-        k_slc = attention._heads(hidden_states, attention.k_proj, attention.k_norm)
-        k, v = rotate(k_slc), attention._heads(hidden_states, attention.v_proj)
-        k_cmp, v_cmp = (k_slc, v) if config.shared_kv else attention._branch(hidden_states, "cmp")
-        tails = {name: x[0] for name, x in attention._tails(k_cmp, rotate(k_cmp), v_cmp).items()}
+        k = rotate(attention._heads(hidden_states, attention.k_proj, attention.k_norm))
+        v = attention._heads(hidden_states, attention.v_proj)
         taught = []
         for chosen in queries:
             slots = (chosen.start + chosen.positions).to(device)
@@ -249,12 +257,21 @@ def selector_losses(layer: LayerInput, queries: list[Queries], target: str = "ma
     bounds = [0, hidden_states.shape[1]] if layout.cu_seqlens is None else layout.cu_seqlens
     cu_seqlens = torch.as_tensor(bounds, dtype=torch.int32, device=device)
     # recomputed in the backward pass: what one layer holds is freed before the next
-    return checkpoint(_taught, attention, tails, layout, cu_seqlens, queries, taught, use_reentrant=False)
+    return checkpoint(_taught, layer, cu_seqlens, queries, taught, use_reentrant=False)
 
 
-def _taught(attention, tails, layout, cu_seqlens, queries, taught):
+def _taught(layer, cu_seqlens, queries, taught):
     """The losses of one layer; `taught`: (q, mass, outside) for every entry of `queries`."""
+    attention, hidden_states, position_embeddings, layout = layer
     config = attention.config
+    with torch.set_grad_enabled(not config.shared_kv):
+        if config.shared_kv:
+            k_cmp = attention._heads(hidden_states, attention.k_proj, attention.k_norm)
+            v_cmp = attention._heads(hidden_states, attention.v_proj)
+        else:
+            k_cmp, v_cmp = attention._branch(hidden_states, "cmp")
+        rotated = attention._rotation(position_embeddings)(k_cmp)
+        tails = {name: x[0] for name, x in attention._tails(k_cmp, rotated, v_cmp).items()}
     sizes = {name: getattr(config, name) for name in ("compress_block_size", "compress_stride", "select_block_size")}
     embeddings = tuple(x.reshape(-1, x.shape[-1]) for x in layout.block_embeddings)
     keys, values = attention._compress(tails, 0, None, embeddings, cu_seqlens)

@@ -339,7 +339,7 @@ def _check_arguments(
             raise NSAError(f"--use-liger-kernel makes no logits, which --stage {stage.stage} needs; leave it out")
     if stage.stage == "warmup" and args.learning_rate != FinetuneArguments.learning_rate:
         raise NSAError(
-            f"--stage warmup trains φ alone: set its rate with --new-parameter-lr, not --learning-rate "
+            f"--stage warmup trains new parts alone: set their rate with --new-parameter-lr, not --learning-rate "
             f"{args.learning_rate}"
         )
     require_matplotlib()

@@ -3,12 +3,14 @@
 """The stages of `nsa finetune`: the selector's warm-up, sparse adaptation with a dense teacher, and plain training.
 
 warmup: the backbone runs dense and frozen; φ_K learns which blocks dense attention reads, φ_V what lies outside the
-window. adapt: everything trains on the next token, with the teacher's logits and the selector's loss beside it.
+window, with the projections of their own branch. adapt: everything trains on the next token, the teacher's logits and
+the selector's loss.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from .distill import (
     distillation_loss,
     layer_inputs,
     selector_losses,
+    selector_modules,
     sparse_layers,
 )
 from .errors import NSAError
@@ -29,8 +32,11 @@ from .errors import NSAError
 __all__ = ["STAGES", "StageArguments", "StageTrainerMixin", "annealed_blocks", "prepare_stage"]
 
 STAGES = ("warmup", "adapt", "sft")
-# Trained at a rate of their own: they start untrained. The gate scales do not: their step of 64 is rate enough.
-NEW_PARAMETERS = (".self_attn.compress_k.", ".self_attn.compress_v.", ".self_attn.gate.")
+# Trained at a rate of their own: nothing in a dense model does their work. The gate scales do not: their step of 64 is
+# rate enough.
+NEW_PARAMETERS = tuple(
+    f".self_attn.{name}." for name in ("compress_k", "compress_v", "gate", "k_proj_cmp", "v_proj_cmp", "k_norm_cmp")
+)
 
 
 @dataclass
@@ -42,13 +48,18 @@ class StageArguments:
     stage: str = field(
         default="sft",
         metadata={
-            "help": "warmup: only φ learns, from the dense attention of the frozen model; adapt: all weights learn "
-            "from the next token, the logits of --teacher and the dense choice of blocks; sft: from the next token.",
+            "help": "warmup: φ and what it alone reads learn from the dense attention of the frozen model; adapt: all "
+            "weights learn from the next token, the logits of --teacher and the dense choice of blocks; sft: from the "
+            "next token.",
             "choices": STAGES,
         },
     )
     teacher: str | None = field(
         default=None, metadata={"help": "adapt: the dense source, whose logits are matched; a directory or hub id."}
+    )
+    next_token_weight: float | None = field(
+        default=None,
+        metadata={"help": "adapt: factor of the next token's loss; 0 leaves all to the other terms (default: 1)."},
     )
     distill_weight: float | None = field(
         default=None, metadata={"help": "adapt: factor of the KL to the teacher's logits (default: 1)."}
@@ -71,7 +82,8 @@ class StageArguments:
     new_parameter_lr: float | None = field(
         default=None,
         metadata={
-            "help": "warmup, adapt: learning rate of φ and the gates; all else uses --learning-rate (default: 1e-3)."
+            "help": "warmup, adapt: learning rate of φ, what it alone reads, and the gates; all else uses "
+            "--learning-rate (default: 1e-3)."
         },
     )
     anneal_blocks: float | None = field(
@@ -91,9 +103,10 @@ class StageArguments:
         if self.stage not in STAGES:
             raise NSAError(f"--stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
         if self.stage == "warmup" and lora:
-            raise NSAError("--lora does nothing in --stage warmup, which trains φ alone; leave it out")
+            raise NSAError("--lora does nothing in --stage warmup, which trains new parts alone; leave it out")
         defaults = {
             "teacher": (("adapt",), None),
+            "next_token_weight": (("adapt",), 1.0),
             "distill_weight": (("adapt",), 1.0),
             "selector_weight": (("adapt",), 1.0),
             "anneal_blocks": (("adapt",), 0.0),
@@ -111,10 +124,12 @@ class StageArguments:
                 raise NSAError(f"{flag} belongs to --stage {' or '.join(stages)}, got --stage {self.stage}")
         if self.stage == "sft":
             return
-        for name in ("distill_weight", "selector_weight"):
+        for name in ("next_token_weight", "distill_weight", "selector_weight"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise NSAError(f"--{name.replace('_', '-')} must not be negative, got {value}")
+        if self.stage == "adapt" and not self.next_token_weight and not (self.teacher and self.distill_weight):
+            raise NSAError("--next-token-weight 0 leaves all weights to --teacher, which is not given or not weighed")
         if self.selector_queries < 1:
             raise NSAError(f"--selector-queries must be at least 1, got {self.selector_queries}")
         if self.selector_target not in SELECTOR_TARGETS:
@@ -160,9 +175,8 @@ def prepare_stage(network, stage: StageArguments, longest: int) -> None:
         )
     if stage.stage == "warmup":
         network.requires_grad_(False)
-        for attention in layers:
-            attention.compress_k.requires_grad_(True)
-            attention.compress_v.requires_grad_(True)
+        for module in (each for attention in layers for group in selector_modules(attention) for each in group):
+            module.requires_grad_(True)
 
 
 def _first_query(config) -> int:
@@ -241,10 +255,18 @@ class StageTrainerMixin:
         else:
             collect = layer_inputs(model) if self.stage.selector_weight else contextlib.nullcontext([])
             with collect as layers:
-                total, outputs = super().compute_loss(model, {**inputs}, True, num_items_in_batch=num_items_in_batch)
-            terms = {"next_token_loss": total.detach() * parts}
+                if self.stage.next_token_weight:
+                    loss, outputs = super().compute_loss(
+                        model, {**inputs}, True, num_items_in_batch=num_items_in_batch
+                    )
+                else:
+                    given = {name: value for name, value in inputs.items() if name != "labels"}
+                    loss, outputs = 0.0, model(**given, use_cache=False)
+            terms, total = {}, self.stage.next_token_weight * loss
+            if self.stage.next_token_weight:
+                terms["next_token_loss"] = loss.detach() * parts
             if self.teacher is not None:
-                terms["distill_loss"] = self._distill(inputs, outputs)
+                terms["distill_loss"] = self._distill(inputs, outputs.logits)
                 total = total + self.stage.distill_weight / parts * terms["distill_loss"]
             if layers:
                 terms["selector_loss"], _ = self._selector(layers)
@@ -260,11 +282,17 @@ class StageTrainerMixin:
         losses = [selector_losses(layer, queries, self.stage.selector_target) for layer in layers]
         return tuple(sum(each) / len(layers) for each in zip(*losses))
 
-    def _distill(self, inputs, outputs):
-        given = {name: value for name, value in inputs.items() if name != "labels"}
-        with torch.no_grad():
-            taught = self.teacher(**given, use_cache=False).logits
-        return distillation_loss(outputs.logits, taught, inputs["labels"])
+    def _distill(self, inputs, logits):
+        """Mean over the labelled tokens; document by document, since not every attention of a teacher knows packing."""
+        labels, total = inputs["labels"], 0.0
+        bounds = inputs["cu_seq_lens_q"].tolist() if "cu_seq_lens_q" in inputs else [0, labels.shape[1]]
+        for start, stop in itertools.pairwise(bounds):
+            own = slice(start, stop)
+            with torch.no_grad():
+                taught = self.teacher(input_ids=inputs["input_ids"][:, own], use_cache=False).logits
+            count = (labels[:, start + 1 : stop] != -100).sum()
+            total = total + count * distillation_loss(logits[:, own], taught, labels[:, own])
+        return total / (labels[:, 1:] != -100).sum().clamp(min=1)
 
     def log(self, logs, start_time=None):
         """As in Trainer, with the mean of every term since the last time, over all processes."""
