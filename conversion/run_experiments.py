@@ -137,6 +137,8 @@ def run_experiments(
             continue
         say(f"{name}: starts, {tokens:,} training tokens")
         began = time.monotonic()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         training = {"train_file": [str(_training_file(data, output, tokens))]} if tokens else {}
         try:
             model = run_recipe(source, output / name, recipe, **training, **(settings or {}))
@@ -149,6 +151,8 @@ def run_experiments(
         about: dict[str, Any] = {"training_tokens": tokens, "minutes": seconds / 60, "stages": _stages(output / name)}
         if tokens:
             about["tokens_per_second"] = tokens / seconds
+            if torch.cuda.is_available():
+                about["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             pace = max(pace, seconds / tokens)
         say(f"{name}: trained in {seconds / 60:.1f} min")
         finish(name, str(model), about)
@@ -188,14 +192,12 @@ def _training_file(data: Path, output: Path, tokens: int) -> Path:
 
 
 def _stages(folder: Path) -> dict[str, Any]:
-    """Last and first logged losses of every stage, and its seconds."""
+    """What every stage logged, and its seconds."""
     stages = {}
     for path in sorted(folder.glob("*/log_history.json")):
         history = json.loads(path.read_text(encoding="utf-8"))
-        logged = [entry for entry in history if "loss" in entry]
         stages[path.parent.name] = {
-            "first": logged[0] if logged else None,
-            "last": logged[-1] if logged else None,
+            "logged": [entry for entry in history if "loss" in entry],
             "seconds": next((entry["train_runtime"] for entry in history if "train_runtime" in entry), None),
         }
     return stages
@@ -225,6 +227,9 @@ def _rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                     low, high = difference_interval(reference, bucket) or (None, None)
                     change = {"value": bucket.loss - reference.loss, "low": low, "high": high}
                     rows.append({**common, "text": text, "measure": f"loss - dense {span}", **change})
+        for text, each in report["recall_by_text"].items():
+            for group in each[label]:
+                rows.append({**common, "text": text, "measure": f"tokens {group['name']}", "value": group["loss"]})
         for task in report["tasks"].get(label, ()):
             at = "" if task["depth"] is None else f" at {task['depth']:.2f}"
             measure = f"{task['task']} {task['length']}{at}"

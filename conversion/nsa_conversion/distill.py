@@ -164,7 +164,8 @@ def dense_statistics(
     window_size: int,
     scale: float,
     target: str = "mass",
-) -> tuple[torch.Tensor, torch.Tensor]:
+    outside: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Mass of causal dense attention by block, and its output outside the window, in chunks of queries.
 
     Args:
@@ -175,10 +176,11 @@ def dense_statistics(
         scale: factor of the scores.
         target: "mass" sums probabilities, "output" probabilities times the norm of the value; "vector" takes, per
             head, the norm of the sum of probabilities times values.
+        outside: whether the output is wanted.
 
     Returns:
         fp32 mass `[Q, H, S]`, summed over the heads of a group, S blocks cover the document; and fp32 `[Q, HQ, DV]`,
-        attention renormalised over the tokens before the window.
+        attention renormalised over the tokens before the window, or None.
     """
     tokens, heads = k.shape[:2]
     blocks = -(-tokens // select_block_size)
@@ -187,7 +189,7 @@ def dense_statistics(
     v_blocks = F.pad(v, (0, 0, 0, 0, 0, blocks * select_block_size - tokens)).unflatten(0, (blocks, -1))
     key = torch.arange(tokens, device=q.device)
     size = max(1, _MAX_SCORES // (q.shape[1] * q.shape[2] * tokens))
-    mass, outside = [], []
+    mass, outputs = [], []
     for chunk, position in zip(q.split(size), positions.to(q.device)[:, None, None, None].split(size)):
         scores = scale * torch.einsum("qhgd,khd->qhgk", chunk, k)
         p = scores.masked_fill_(key > position, float("-inf")).softmax(dim=-1)
@@ -197,10 +199,11 @@ def dense_statistics(
         else:
             weighted = F.pad((p * norms).sum(2), (0, blocks * select_block_size - tokens))
             mass.append(weighted.unflatten(-1, (blocks, -1)).sum(-1))
-        far = p.masked_fill_(key > position - window_size, 0.0)
-        far /= far.sum(-1, keepdim=True).clamp(min=torch.finfo(far.dtype).tiny)
-        outside.append(torch.einsum("qhgk,khd->qhgd", far, v).flatten(1, 2))
-    return torch.cat(mass), torch.cat(outside)
+        if outside:
+            far = p.masked_fill_(key > position - window_size, 0.0)
+            far /= far.sum(-1, keepdim=True).clamp(min=torch.finfo(far.dtype).tiny)
+            outputs.append(torch.einsum("qhgk,khd->qhgd", far, v).flatten(1, 2))
+    return torch.cat(mass), torch.cat(outputs) if outside else None
 
 
 def selector_modules(attention: torch.nn.Module) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
@@ -211,7 +214,9 @@ def selector_modules(attention: torch.nn.Module) -> tuple[list[torch.nn.Module],
     return keys, [attention.compress_v, attention.v_proj_cmp]
 
 
-def selector_losses(layer: LayerInput, queries: list[Queries], target: str = "mass") -> tuple[torch.Tensor, ...]:
+def selector_losses(
+    layer: LayerInput, queries: list[Queries], target: str = "mass", values: bool = True
+) -> tuple[torch.Tensor, ...]:
     """How far φ_K is from the dense choice of blocks, and φ_V from what dense attention reads outside the window.
 
     The first is KL(dense ‖ importance), eq. 9-10, both normalised over the visible blocks that are not forced, in nats
@@ -222,6 +227,7 @@ def selector_losses(layer: LayerInput, queries: list[Queries], target: str = "ma
         layer: of `layer_inputs`.
         queries: of `choose_queries`; 0 and 0 where there are none.
         target: see `dense_statistics`.
+        values: whether the second is wanted; 0 if not.
 
     Returns:
         Two fp32 scalars with gradients for `compress_k` and for `compress_v`, and what they read (`selector_modules`).
@@ -252,6 +258,7 @@ def selector_losses(layer: LayerInput, queries: list[Queries], target: str = "ma
                     window_size=config.window_size,
                     scale=attention.scaling,
                     target=target,
+                    outside=values,
                 )
             taught.append((q, *statistics))
     bounds = [0, hidden_states.shape[1]] if layout.cu_seqlens is None else layout.cu_seqlens
@@ -276,7 +283,8 @@ def _taught(layer, cu_seqlens, queries, taught):
     embeddings = tuple(x.reshape(-1, x.shape[-1]) for x in layout.block_embeddings)
     keys, values = attention._compress(tails, 0, None, embeddings, cu_seqlens)
     block_bounds = compressed_cu_seqlens(cu_seqlens, config.compress_block_size, config.compress_stride).tolist()
-    divergence, count, error, norm = 0.0, 0, 0.0, 0.0
+    divergence, count = 0.0, 0
+    error, norm = torch.zeros(2, device=keys.device)
     with torch.autocast(keys.device.type, enabled=False):
         for chosen, (q, mass, outside) in zip(queries, taught):
             first, last = block_bounds[chosen.document : chosen.document + 2]
@@ -295,9 +303,10 @@ def _taught(layer, cu_seqlens, queries, taught):
             tiny = torch.finfo(student.dtype).tiny
             divergence += (torch.xlogy(teacher, teacher) - teacher * student.clamp(min=tiny).log()).sum()
             count += mass.shape[0] * mass.shape[1]
-            o_cmp = torch.einsum("qhgc,chd->qhgd", p.detach(), v_cmp).flatten(1, 2)
-            error += (o_cmp - outside).square().sum()
-            norm += outside.square().sum()
+            if outside is not None:
+                o_cmp = torch.einsum("qhgc,chd->qhgd", p.detach(), v_cmp).flatten(1, 2)
+                error = error + (o_cmp - outside).square().sum()
+                norm = norm + outside.square().sum()
     return divergence / count, error / norm.clamp(min=torch.finfo(norm.dtype).tiny)
 
 

@@ -250,15 +250,13 @@ class StageTrainerMixin:
             backbone = {name: value for name, value in inputs.items() if name != "labels"}
             with dense_forward(model), layer_inputs(model) as layers:
                 outputs = model(**backbone, use_cache=False, logits_to_keep=1)
-            selector, value = self._selector(layers)
+            selector, value = self._selector(layers, values=True)
             terms, total = {"selector_loss": selector, "value_loss": value}, (selector + value) / parts
         else:
             collect = layer_inputs(model) if self.stage.selector_weight else contextlib.nullcontext([])
             with collect as layers:
                 if self.stage.next_token_weight:
-                    loss, outputs = super().compute_loss(
-                        model, {**inputs}, True, num_items_in_batch=num_items_in_batch
-                    )
+                    loss, outputs = super().compute_loss(model, {**inputs}, True, num_items_in_batch=num_items_in_batch)
                 else:
                     given = {name: value for name, value in inputs.items() if name != "labels"}
                     loss, outputs = 0.0, model(**given, use_cache=False)
@@ -269,17 +267,17 @@ class StageTrainerMixin:
                 terms["distill_loss"] = self._distill(inputs, outputs.logits)
                 total = total + self.stage.distill_weight / parts * terms["distill_loss"]
             if layers:
-                terms["selector_loss"], _ = self._selector(layers)
+                terms["selector_loss"], _ = self._selector(layers, values=False)
                 total = total + self.stage.selector_weight / parts * terms["selector_loss"]
         for name, term in terms.items():
             self._terms.setdefault(name, []).append(term.detach())
         return (total, outputs) if return_outputs else total
 
-    def _selector(self, layers):
+    def _selector(self, layers, values):
         """Means of both losses over the sparse layers."""
         tokens = layers[0].hidden_states.shape[1]
         queries = choose_queries(layers[0].layout, tokens, self.first_query, self.stage.selector_queries)
-        losses = [selector_losses(layer, queries, self.stage.selector_target) for layer in layers]
+        losses = [selector_losses(layer, queries, self.stage.selector_target, values) for layer in layers]
         return tuple(sum(each) / len(layers) for each in zip(*losses))
 
     def _distill(self, inputs, logits):
