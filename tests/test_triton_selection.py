@@ -111,6 +111,13 @@ def test_equal_importances_fall_to_the_smaller_index():
     assert actual[0, -1, 0].tolist() == [0, 1, 2, 16, 17]
 
 
+@pytest.mark.parametrize("n", [4, 16, 35, 36])
+def test_more_candidates_than_a_search_starts_from(n):
+    q, k, sizes = make(1, 33, 2, 1, 32, (4, 4, 4, n, 1, 2), q_offset=800)
+    check(q, k, sizes, q_offset=800)
+    check(torch.zeros_like(q), torch.zeros_like(k), sizes, exact=True, q_offset=800)
+
+
 def test_rows_longer_than_a_tile_and_small_chunks(monkeypatch):
     monkeypatch.setattr(selection, "_MAX_WIDTH", 16)
     monkeypatch.setattr(selection, "_MAX_SCORES", 2**11)

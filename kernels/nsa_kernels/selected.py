@@ -22,6 +22,7 @@ from .triton_common import (
     add_dkdv,
     add_dq,
     add_pair,
+    add_values,
     cdiv,
     check_inputs,
     describe,
@@ -37,6 +38,7 @@ from .triton_common import (
     row_delta,
     softmax_end,
     softmax_step_rows,
+    softmax_weights_rows,
     split_head_dim,
     store_pair,
     tile_map,
@@ -49,6 +51,8 @@ __all__ = ["selected_attention", "selected_backward", "selected_forward"]
 _SPLIT, _SHORT_SPLIT, _BUSY = 2048, 256, 2048
 # Cells of the (block, chunk) table of one call that builds query lists; more heads than fit are taken one by one.
 _MAX_CELLS = 2**28
+# Whether the forward pass multiplies a block's weights with its values only beside the softmax of the next block.
+_LATE = False
 _NO_BLOCK = tl.constexpr(2**31 - 1)
 
 
@@ -175,17 +179,31 @@ def _holds_part(config, *, select_block_size, **_shape):
 
 @tunable(
     "selected_forward",
-    (_ROWS, 64, 4, 2), (_ROWS, 64, 4, 3), (_ROWS, 64, 4, 4), (_ROWS, 32, 4, 3), (_ROWS, 32, 4, 4), (_ROWS, 64, 8, 2),
-    (_ROWS, 32, 8, 1), (_ROWS, 16, 8, 1), (_ROWS, 16, 4, 1),
+    (_ROWS, 64, False, False, 4, 2), (_ROWS, 64, False, False, 4, 3), (_ROWS, 64, False, False, 4, 4),
+    (_ROWS, 32, False, False, 4, 3), (_ROWS, 32, False, False, 4, 4), (_ROWS, 64, False, False, 8, 2),
+    (_ROWS, 64, True, False, 4, 3), (_ROWS, 64, True, False, 4, 5), (_ROWS, 32, True, False, 4, 5),
+    (_ROWS, 64, True, True, 4, 5), (_ROWS, 32, False, False, 8, 1), (_ROWS, 16, False, False, 8, 1),
+    (_ROWS, 16, False, False, 4, 1),
     held="q", streamed="k v", accumulated="o s", valid=_holds_part,
 )  # fmt: skip
 def _forward_config(dtype, D, DV, G, select_block_size):
     widest = max(D, DV)
+    late = _LATE and dtype != torch.float32 and widest <= 128
     if dtype == torch.float32:
         keys, warps, stages = 32 if widest <= 64 else 16, 8, 1
+    elif late:  # of the stages, two go to the index of a block
+        keys, warps, stages = 64, 4, 5
     else:
         keys, warps, stages = 64, 4, 3 if widest <= 128 else 2
-    return {"BLOCK_M": _ROWS, "BLOCK_N": _key_tile(select_block_size, keys), "num_warps": warps, "num_stages": stages}
+    keys = _key_tile(select_block_size, keys)
+    return {
+        "BLOCK_M": _ROWS,
+        "BLOCK_N": keys,
+        "LATE": late,
+        "ONE_LOOP": False,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
 
 
 @tunable(
@@ -524,19 +542,20 @@ def _block_row(block, cu_ptr, seq, L: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def _next_block(
-    u, word, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col,
-    L: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BLOCK_N: tl.constexpr,
-    SUBS: tl.constexpr, MASKED: tl.constexpr,
+    u, word, before, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row,
+    v_col, L: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
+    BLOCK_N: tl.constexpr, SUBS: tl.constexpr, MASKED: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """Load part `u % SUBS` of the union's block `u // SUBS`.
 
     Args:
         word: `words[u // SUBS]`.
+        before: First key of the part before, of which v is loaded if LATE.
         MASKED: Whether a key may lie behind a query, or behind the last key.
 
     Returns:
         Tiles of k and v; `[BLOCK_M]`: rows whose query chose the block; `[BLOCK_M, BLOCK_N]`: keys that exist and are
-        not in a row's future, all of them unless L % BLOCK_N or MASKED; the next word.
+        not in a row's future, all of them unless L % BLOCK_N or MASKED; the next word and `before`.
     """
     block = tl.load(blocks_ptr + u // SUBS)
     word_next = tl.load(words_ptr + u // SUBS + 1)
@@ -547,14 +566,15 @@ def _next_block(
     if MASKED:
         inside = inside & (key < keys)
     k_1, k_2 = load_tile(k_desc, k_desc2, k_row + block * L + offset, k_col, D1, D2)
-    v_1, v_2 = load_tile(v_desc, v_desc2, v_row + block * L + offset, v_col, DV1, DV2)
+    now = block * L + offset
+    v_1, v_2 = load_tile(v_desc, v_desc2, v_row + (before if LATE else now), v_col, DV1, DV2)
     chosen = (((word_next - word) >> i_q.to(word.dtype)) & 1) != 0
     visible = inside[None, :] & (i_q >= 0)[:, None]
     if MASKED:
         visible = visible & (key[None, :] <= pos[:, None])
     if SUBS > 1:
         word_next = tl.where(u % SUBS == SUBS - 1, word_next, word)
-    return k_1, k_2, v_1, v_2, chosen, visible, word_next
+    return k_1, k_2, v_1, v_2, chosen, visible, word_next, now
 
 
 @triton.jit
@@ -575,6 +595,7 @@ def _forward_kernel(
     scale, H, capacity, TILE: tl.constexpr, GT: tl.constexpr, GROUPS: tl.constexpr, G: tl.constexpr, L: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LATE: tl.constexpr, ONE_LOOP: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of queries to the union of their blocks.
 
@@ -606,28 +627,55 @@ def _forward_kernel(
     z = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc_1, acc_2 = empty_pair(BLOCK_M, DV1, DV2)
     word = tl.zeros([], dtype=words_ptr.dtype.element_ty)
-    whole = tl.maximum(count - TRAILING, 0) * SUBS
-    for u in range(0, whole):
-        k_1, k_2, v_1, v_2, chosen, visible, word = _next_block(
-            u, word, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
-            v_row, v_col, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, False,
-        )  # fmt: skip
-        s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
-        if L % BLOCK_N != 0:
+    whole = 0 if ONE_LOOP else tl.maximum(count - TRAILING, 0) * SUBS
+    if LATE:
+        # the product with the values of a block runs beside the softmax of the next block
+        p = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        alpha = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
+        before = tl.zeros([], dtype=tl.int32)
+        for u in range(0, whole):
+            k_1, k_2, v_1, v_2, chosen, visible, word, before = _next_block(
+                u, word, before, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
+                v_row, v_col, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, False, True,
+            )  # fmt: skip
+            s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
+            acc_1, acc_2 = add_values(p, alpha, acc_1, acc_2, v_1, v_2, DV2, PRECISION)
+            if L % BLOCK_N != 0:
+                s = tl.where(visible, s, float("-inf"))
+            p, alpha, m, z = softmax_weights_rows(s, chosen, m, z, scale_log2)
+        for u in range(whole, count * SUBS):
+            k_1, k_2, v_1, v_2, chosen, visible, word, before = _next_block(
+                u, word, before, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
+                v_row, v_col, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, True, True,
+            )  # fmt: skip
+            s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
+            acc_1, acc_2 = add_values(p, alpha, acc_1, acc_2, v_1, v_2, DV2, PRECISION)
             s = tl.where(visible, s, float("-inf"))
-        m, z, acc_1, acc_2 = softmax_step_rows(
-            s, chosen, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION
-        )  # fmt: skip
-    for u in range(whole, count * SUBS):
-        k_1, k_2, v_1, v_2, chosen, visible, word = _next_block(
-            u, word, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
-            v_row, v_col, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, True,
-        )  # fmt: skip
-        s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
-        s = tl.where(visible, s, float("-inf"))
-        m, z, acc_1, acc_2 = softmax_step_rows(
-            s, chosen, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION
-        )  # fmt: skip
+            p, alpha, m, z = softmax_weights_rows(s, chosen, m, z, scale_log2)
+        v_1, v_2 = load_tile(v_desc, v_desc2, v_row + before, v_col, DV1, DV2)
+        acc_1, acc_2 = add_values(p, alpha, acc_1, acc_2, v_1, v_2, DV2, PRECISION)
+    else:
+        for u in range(0, whole):
+            k_1, k_2, v_1, v_2, chosen, visible, word, _ = _next_block(
+                u, word, 0, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
+                v_row, v_col, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, False, False,
+            )  # fmt: skip
+            s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
+            if L % BLOCK_N != 0:
+                s = tl.where(visible, s, float("-inf"))
+            m, z, acc_1, acc_2 = softmax_step_rows(
+                s, chosen, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION
+            )  # fmt: skip
+        for u in range(whole, count * SUBS):
+            k_1, k_2, v_1, v_2, chosen, visible, word, _ = _next_block(
+                u, word, 0, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
+                v_row, v_col, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, True, False,
+            )  # fmt: skip
+            s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
+            s = tl.where(visible, s, float("-inf"))
+            m, z, acc_1, acc_2 = softmax_step_rows(
+                s, chosen, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION
+            )  # fmt: skip
     acc_1, acc_2, lse = softmax_end(m, z, acc_1, acc_2, scale_log2, DV2)
     store_pair(o_ptr + i_b * stride_ob + t * stride_ot + i_head * stride_oh, acc_1, acc_2, used, DV, DV1, DV2)
     tl.store(lse_ptr + i_b * stride_lb + t * stride_lt + i_head * stride_lh, lse, mask=used)
@@ -679,18 +727,18 @@ def _dq_kernel(
     word = tl.zeros([], dtype=words_ptr.dtype.element_ty)
     whole = tl.maximum(count - TRAILING, 0) * SUBS
     for u in range(0, whole):
-        k_1, k_2, v_1, v_2, chosen, visible, word = _next_block(
-            u, word, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
-            v_row, v_col, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, False,
+        k_1, k_2, v_1, v_2, chosen, visible, word, _ = _next_block(
+            u, word, 0, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
+            v_row, v_col, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, False, False,
         )  # fmt: skip
         acc_1, acc_2 = add_dq(
             acc_1, acc_2, q_1, q_2, do_1, do_2, k_1, k_2, v_1, v_2, visible, tl.where(chosen, lse_log2, float("inf")),
             delta, gate, scale_log2, D2, DV2, True, L % BLOCK_N != 0, PRECISION,
         )  # fmt: skip
     for u in range(whole, count * SUBS):
-        k_1, k_2, v_1, v_2, chosen, visible, word = _next_block(
-            u, word, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
-            v_row, v_col, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, True,
+        k_1, k_2, v_1, v_2, chosen, visible, word, _ = _next_block(
+            u, word, 0, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
+            v_row, v_col, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, True, False,
         )  # fmt: skip
         acc_1, acc_2 = add_dq(
             acc_1, acc_2, q_1, q_2, do_1, do_2, k_1, k_2, v_1, v_2, visible, tl.where(chosen, lse_log2, float("inf")),

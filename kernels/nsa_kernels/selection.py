@@ -387,8 +387,11 @@ def choose_blocks(
             if HELD:
                 held = _ranks(imp_ptrs, 0, stop, WIDTH, INITIAL)
             # at least `wanted` candidates rank `low` or higher, fewer rank `high` or higher
-            low = tl.zeros([ROWS], dtype=tl.int32)
-            high = tl.where(searched, 0x7FFFFFFF, 1)
+            if HELD and wanted <= 32 and WIDTH >= 128:
+                low, high = _bounds(held, WIDTH, ROWS)
+            else:
+                low = tl.zeros([ROWS], dtype=tl.int32)
+                high = tl.where(searched, 0x7FFFFFFF, 1)
             while tl.max(high - low) > 1:
                 middle = low + (high - low) // 2
                 count = tl.zeros([ROWS], dtype=tl.int32)
@@ -421,6 +424,23 @@ def choose_blocks(
                     equals, taken = _store_chosen(
                         out_ptrs, ranks, j, low, wanted - above, equals, taken, searched, WIDTH, INITIAL
                     )
+
+
+@triton.jit
+def _bounds(ranks, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Where the search for up to 32 candidates begins: 32 rank `low` or higher, if there are any, none `high`.
+
+    The candidates are dealt out to 32 groups, as to the threads of a warp, and each group's best counts.
+    """
+    groups = tl.reshape(ranks, [ROWS, WIDTH // 128, 32, 4])
+    best = tl.max(tl.max(groups, 3), 1)
+    if ROWS == 1:  # by way of scalars: the layout of `best` must not become that of `ranks`
+        low = tl.full([ROWS], tl.min(best), dtype=tl.int32)
+        high = tl.full([ROWS], tl.max(best), dtype=tl.int32)
+    else:
+        low = tl.min(best, 1)
+        high = tl.max(best, 1)
+    return tl.maximum(low, 0), tl.minimum(high, 0x7FFFFFFE) + 1
 
 
 @triton.jit

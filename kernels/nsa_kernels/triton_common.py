@@ -27,6 +27,7 @@ __all__ = [
     "add_dq",
     "add_pair",
     "add_product",
+    "add_values",
     "cdiv",
     "check_inputs",
     "describe",
@@ -46,6 +47,8 @@ __all__ = [
     "softmax_end",
     "softmax_step",
     "softmax_step_rows",
+    "softmax_weights",
+    "softmax_weights_rows",
     "split_head_dim",
     "store_pair",
     "store_rows",
@@ -415,28 +418,52 @@ def softmax_step(s, m, z, acc_1, acc_2, v_1, v_2, scale_log2, D2: tl.constexpr, 
         z: `[M]`, running sum.
         scale_log2: Scale of the scores times log2(e), positive.
     """
-    m_new = tl.maximum(m, tl.max(s, 1))
-    return _accumulate(s, m, m_new, m_new * scale_log2, z, acc_1, acc_2, v_1, v_2, scale_log2, D2, PRECISION)
+    p, alpha, m, z = softmax_weights(s, m, z, scale_log2)
+    acc_1, acc_2 = add_values(p, alpha, acc_1, acc_2, v_1, v_2, D2, PRECISION)
+    return m, z, acc_1, acc_2
 
 
 @triton.jit
 def softmax_step_rows(s, seeing, m, z, acc_1, acc_2, v_1, v_2, scale_log2, D2: tl.constexpr, PRECISION: tl.constexpr):
     """`softmax_step` for the rows that are `seeing` `[M]`; cheaper than a mask of every score."""
-    m_new = tl.maximum(m, tl.where(seeing, tl.max(s, 1), NEGATIVE))
-    peak = tl.where(seeing, m_new * scale_log2, float("inf"))
-    return _accumulate(s, m, m_new, peak, z, acc_1, acc_2, v_1, v_2, scale_log2, D2, PRECISION)
+    p, alpha, m, z = softmax_weights_rows(s, seeing, m, z, scale_log2)
+    acc_1, acc_2 = add_values(p, alpha, acc_1, acc_2, v_1, v_2, D2, PRECISION)
+    return m, z, acc_1, acc_2
 
 
 @triton.jit
-def _accumulate(s, m, m_new, peak, z, acc_1, acc_2, v_1, v_2, scale_log2, D2: tl.constexpr, PRECISION: tl.constexpr):
+def softmax_weights(s, m, z, scale_log2):
+    """The part of `softmax_step` that needs no values.
+
+    Returns:
+        p: `[M, N]`, weights of the values. alpha: `[M]`, factor of what was summed before. m, z: The new ones.
+    """
+    m_new = tl.maximum(m, tl.max(s, 1))
+    return _weights(s, m, m_new, m_new * scale_log2, z, scale_log2)
+
+
+@triton.jit
+def softmax_weights_rows(s, seeing, m, z, scale_log2):
+    """`softmax_weights` for the rows that are `seeing` `[M]`."""
+    m_new = tl.maximum(m, tl.where(seeing, tl.max(s, 1), NEGATIVE))
+    peak = tl.where(seeing, m_new * scale_log2, float("inf"))
+    return _weights(s, m, m_new, peak, z, scale_log2)
+
+
+@triton.jit
+def _weights(s, m, m_new, peak, z, scale_log2):
     p = tl.exp2(s * scale_log2 - peak[:, None])
     alpha = tl.exp2((m - m_new) * scale_log2)
-    z = z * alpha + tl.sum(p, 1)
+    return p, alpha, m_new, z * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def add_values(p, alpha, acc_1, acc_2, v_1, v_2, D2: tl.constexpr, PRECISION: tl.constexpr):
+    """`acc · alpha + p @ v`."""
     acc_1 = acc_1 * alpha[:, None]
     if D2 > 0:
         acc_2 = acc_2 * alpha[:, None]
-    acc_1, acc_2 = add_product(acc_1, acc_2, p.to(v_1.dtype), v_1, v_2, D2, PRECISION)
-    return m_new, z, acc_1, acc_2
+    return add_product(acc_1, acc_2, p.to(v_1.dtype), v_1, v_2, D2, PRECISION)
 
 
 @triton.jit
