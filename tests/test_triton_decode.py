@@ -157,14 +157,20 @@ def test_heads_that_need_several_tiles():
     check(70, 1, 1, 65, 16, 16, batch=1)
 
 
-def test_equal_importances_fall_to_the_smaller_index():
+@pytest.mark.parametrize("width", [1024, 4])
+def test_equal_importances_fall_to_the_smaller_index(monkeypatch, width):
+    monkeypatch.setattr(decode, "_MAX_WIDTH", width)
     inputs = make_cache(300, 1, 1, 2, 16, 16, SIZES)
     q, gates = torch.zeros_like(inputs[0]), inputs[GATES]
     _, chosen, _ = decode.decode_attention(q, *inputs[1:7], *gates, **SIZES, q_offset=300)
     assert chosen[0, 0, 0].tolist() == [0, 1, 17, 18]
 
 
-def test_rows_longer_than_the_held_width(monkeypatch):
+def test_many_chosen_blocks():
+    check(1200, 1, 1, 2, 16, 16, {**SIZES, "select_block_size": 8, "num_selected_blocks": 40}, batch=1)
+
+
+def test_rows_longer_than_are_ranked_at_once(monkeypatch):
     monkeypatch.setattr(decode, "_MAX_WIDTH", 16)
     monkeypatch.setattr(decode, "_JOINED", 32)
     check(400, 1, 1, 2, 16, 16, {**SIZES, "select_block_size": 8, "num_selected_blocks": 9}, batch=1)
@@ -235,18 +241,20 @@ import torch
 from nsa_kernels import decode
 decode._multiprocessors = lambda device: 132
 decode._overlaps = lambda device: True
-sizes = {"compress_block_size": 32, "compress_stride": 16, "select_block_size": 64, "num_selected_blocks": 16}
-for B, T, HQ, H, D, DV, dtype, q_offset in (
-    (16, 1, 64, 4, 128, 128, torch.bfloat16, torch.tensor(5)),
-    (1, 16, 32, 8, 128, 128, torch.bfloat16, 5),
-    (1, 8, 32, 8, 80, 80, torch.float16, 5),
-    (4, 2, 32, 8, 128, 128, torch.float32, 5),
+sizes = {"compress_block_size": 32, "compress_stride": 16, "select_block_size": 64}
+for B, T, HQ, H, D, DV, dtype, q_offset, n in (
+    (16, 1, 64, 4, 128, 128, torch.bfloat16, torch.tensor(5), 16),
+    (1, 16, 32, 8, 128, 128, torch.bfloat16, 5, 16),
+    (1, 8, 32, 8, 80, 80, torch.float16, 5, 64),
+    (4, 2, 32, 8, 128, 128, torch.float32, 5, 16),
 ):
     def keys(length, dim):
         return torch.empty(B, H, length, dim, dtype=dtype).transpose(1, 2)
     q, gates = torch.empty(B, T, HQ, D, dtype=dtype), torch.empty(B, T, HQ, 3, dtype=dtype).unbind(-1)
     pairs = [keys(length, dim) for length in (65536, 4096, 512 + T) for dim in (D, DV)]
-    decode.decode_attention(q, *pairs, *gates, **sizes, window_size=512, q_offset=q_offset)
+    decode.decode_attention(
+        q, *pairs, *gates, **sizes, num_selected_blocks=n, window_size=512, q_offset=q_offset
+    )
 """)
     assert len(launches) == 16
     for launch in launches:

@@ -8,7 +8,8 @@ selection. The second joins the statistics of the splits into importances and ta
 chosen blocks, the fourth joins all splits and adds up the gated branches.
 
 Nothing is read back by the host: grids and workspaces follow from the capacity of the cache, programs divide what is
-there at run time, and those without a share return at once. So a CUDA graph can hold all of it.
+there at run time, and those without a share return at once. So a CUDA graph can hold all of it. Where the GPU lets a
+kernel start before the one before has ended, it does what needs none of its results: the forced blocks, for one.
 
 Bytes that must be read of the compressed keys and values, the n blocks and the window bound the speed from below:
 `B · H · (C + n · l' + w) · (D + DV)` elements, at H = 4, D = 128, 65,536 tokens, batch 16 and the paper's sizes 184 MB.
@@ -23,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .compressed import head_dims, strides, visible_blocks
 from .library import define
-from .selection import choose_blocks, fold_sizes, fold_tile
+from .selection import fold_sizes, fold_tile
 from .triton_common import (
     LOG2E,
     NEGATIVE,
@@ -50,10 +51,12 @@ __all__ = ["decode_attention"]
 _RESIDENT = 2
 # Splits of one branch: the kernels that join them hold their statistics at once.
 _MAX_SPLITS = 128
-# Widest row of importances that the top-n holds in registers; longer rows are read again and again.
-_MAX_WIDTH = 4096
+# Importances ranked at once.
+_MAX_WIDTH = 1024
 # Importances joined at once, over the heads of a group, and outputs of splits.
 _JOINED = 8192
+# Warps of the kernel that joins and ranks them.
+_MERGE_WARPS = 8
 # Arguments that change with the number of tokens: a kernel is not compiled anew for each kind of value.
 _VARYING = ["q_offset", "T", "C", "TW", "S", "tiles", "splits", "all_splits"]
 
@@ -174,28 +177,29 @@ def _compute(
     shapes["enable_fp_fusion"] = True
     compression = {"SIZE": compress_block_size, "STRIDE": compress_stride, "RATIO": fold["RATIO"], "OUT": fold["OUT"]}
     forced = {"N": num_selected_blocks, "INITIAL": num_initial_blocks, "LOCAL": num_local_blocks}
-    free = num_selected_blocks > num_initial_blocks + num_local_blocks
+    free = num_selected_blocks - num_initial_blocks - num_local_blocks
     counts = {"C": k_cmp.shape[1], "S": padded, "tiles": tiles, "splits": splits, "all_splits": all_splits}
     chained = {"PDL": _overlaps(q.device), "launch_pdl": _overlaps(q.device)}
 
     _partial_kernel[(H * rows["GROUPS"] * query_tiles, B, first_splits)](
         q, k_cmp, v_cmp, k_win, v_win, parts, lse, imp, peak, *strides(q, k_cmp, v_cmp, k_win, v_win),
         TW=k_win.shape[1], query_tiles=query_tiles, **counts, **where, **shapes, **compression, **rows,
-        COLUMNS=fold["COLUMNS"], HALO=fold["HALO"], W=window_size, RING=window_ring, FOLD=free,
+        COLUMNS=fold["COLUMNS"], HALO=fold["HALO"], W=window_size, RING=window_ring, FOLD=free > 0,
         **{**config, "BLOCK_N": fold["BLOCK_N"]}, PDL=_overlaps(q.device),
     )  # fmt: skip
-    width = next((x for x in (128, 512, 1024, 2048, _MAX_WIDTH) if x >= S), _MAX_WIDTH)
-    heads = next_power_of_2(G)
+    heads, kept = next_power_of_2(G), next_power_of_2(max(1, free))
+    width = max(kept, min(_MAX_WIDTH, 128 if S <= 128 else 1024))
     joining = max(16, min(width, _JOINED // heads))
+    keys = torch.empty(B, T, H, 2 * width, dtype=torch.int64, device=q.device)
     _merge_kernel[(T, H, B)](
-        lse, imp, peak, joined, block_indices, **counts, **where, **compression, **forced, BLOCKS=select_block_size,
-        G=G, HEADS=heads, SPLITS=next_power_of_2(splits), JOINED=joining, WIDTH=width, HELD=width >= S,
-        WIDTH_OUT=next_power_of_2(num_selected_blocks), num_warps=max(4, min(8, heads * joining // 1024)),
-        enable_fp_fusion=True, **chained,
+        lse, imp, peak, joined, keys, block_indices, **counts, **where, **compression, **forced,
+        BLOCKS=select_block_size, G=G, HEADS=heads, SPLITS=next_power_of_2(splits), JOINED=joining, WIDTH=width,
+        KEPT=kept, WIDTH_OUT=next_power_of_2(num_selected_blocks), num_warps=_MERGE_WARPS, enable_fp_fusion=True,
+        **chained,
     )  # fmt: skip
     _selected_kernel[(chosen_splits, T * H * single["GROUPS"], B)](
         q, k, v, block_indices, parts, lse, *strides(q, k, v), first_split=first_splits, all_splits=all_splits,
-        splits=chosen_splits, **where, **shapes, **single, N=num_selected_blocks, BLOCKS=select_block_size,
+        splits=chosen_splits, **where, **shapes, **single, **forced, BLOCKS=select_block_size,
         **config_single, **chained,
     )  # fmt: skip
     parts_tile = next_power_of_2(all_splits)
@@ -401,30 +405,44 @@ def _partial_kernel(
 
 @triton.jit(do_not_specialize=_VARYING)
 def _merge_kernel(
-    lse_ptr, imp_ptr, peak_ptr, joined_ptr, out_ptr,
+    lse_ptr, imp_ptr, peak_ptr, joined_ptr, keys_ptr, out_ptr,
     q_offset, leftpad_ptr, stride_offset, T, HQ, C, S, tiles, splits, all_splits,
     OFFSET: tl.constexpr, LEFTPAD: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr,
     OUT: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
     G: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr, JOINED: tl.constexpr, WIDTH: tl.constexpr,
-    HELD: tl.constexpr, WIDTH_OUT: tl.constexpr, PDL: tl.constexpr,
+    KEPT: tl.constexpr, WIDTH_OUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Importances of a query, summed over splits and the heads of a group, and its block indices.
+    """Block indices of a query: the forced blocks, and those of the highest importance, summed over splits and heads.
+
+    JOINED importances are summed at a time. WIDTH at a time become keys, and the KEPT largest of all so far stay.
 
     Grid: (T, H, B)
     """
-    _wait_for_the_kernel_before(PDL)
     i_q, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     pos0, _ = _first_position(i_b, q_offset, leftpad_ptr, stride_offset, OFFSET, LEFTPAD)
     position = pos0 + i_q
+    own = tl.where(position >= 0, position // BLOCKS, -1)
+    searched = own >= N
     out_row = (i_b * T + i_q) * tl.num_programs(1) + i_h
-    stop = position // BLOCKS - LOCAL + 1
-    if (N > INITIAL + LOCAL) & (position >= N * BLOCKS):
-        head = tl.arange(0, HEADS)
-        mask_head = head < G
-        row = (i_b * T + i_q) * HQ + i_h * G + head
-        offs_s = tl.arange(0, SPLITS)
-        mask_s = mask_head[:, None] & (offs_s < splits)[None, :]
-        lse = tl.load(lse_ptr + row[:, None] * all_splits + offs_s[None, :], mask=mask_s, other=float("-inf"))
+    out_ptr += out_row * N
+    joined_ptr += out_row * S
+    keys_ptr += out_row * 2 * WIDTH
+    _wait_for_the_kernel_before(PDL)
+
+    slot = tl.arange(0, WIDTH_OUT)
+    first = tl.where(searched, INITIAL, N)
+    block = tl.where(slot < first, slot, own - (N - 1 - slot))
+    mask_slot = ((slot < first) | (slot >= N - LOCAL)) & (slot < N)
+    tl.store(out_ptr + slot, tl.where(block <= own, block, -1), mask=mask_slot)
+
+    if (N > INITIAL + LOCAL) & searched:
+        row = (i_b * T + i_q) * HQ + i_h * G
+        stop = own - LOCAL + 1
+        blocks = visible_blocks(pos0 + T - 1, C, SIZE, STRIDE)
+        known = tl.minimum(stop, _live_tiles(blocks, tiles, SIZE, STRIDE, RATIO, OUT) * OUT)
+        head, offs_s = tl.arange(0, HEADS), tl.arange(0, SPLITS)
+        mask_s = (head < G)[:, None] & (offs_s < splits)[None, :]
+        lse = tl.load(lse_ptr + (row + head)[:, None] * all_splits + offs_s[None, :], mask=mask_s, other=float("-inf"))
         highest = tl.max(lse, 1)
         some = highest > float("-inf")
         highest = tl.where(some, highest, 0.0)
@@ -432,21 +450,80 @@ def _merge_kernel(
         whole = tl.floor(lse)  # scaling by whole powers of two keeps equals equal
         rest = tl.where(some, tl.exp2(whole - lse), 0.0)
 
-        blocks = visible_blocks(pos0 + T - 1, C, SIZE, STRIDE)
-        known = _live_tiles(blocks, tiles, SIZE, STRIDE, RATIO, OUT) * OUT
+        # one dim leaves no choice of a layout: importances and peaks are laid out alike
+        offs = tl.arange(0, HEADS * JOINED)
+        i_head = offs // JOINED
+        imp_ptr += row * S
+        peak_ptr += row * tiles
         for j0 in range(0, stop, JOINED):
+            offs_j = j0 + offs % JOINED
+            mask = (i_head < G) & (offs_j < known)
+            imp = tl.reshape(tl.load(imp_ptr + i_head * S + offs_j, mask=mask, other=0.0), [HEADS, JOINED])
+            peak = tl.load(peak_ptr + i_head * tiles + offs_j // OUT, mask=mask, other=NEGATIVE)
+            factor = tl.exp2(tl.reshape(peak, [HEADS, JOINED]) - whole[:, None]) * rest[:, None]
             offs_j = j0 + tl.arange(0, JOINED)
-            mask_j = mask_head[:, None] & (offs_j < tl.minimum(stop, known))[None, :]
-            imp = tl.load(imp_ptr + row[:, None] * S + offs_j[None, :], mask=mask_j, other=0.0)
-            peak = tl.load(peak_ptr + row[:, None] * tiles + (offs_j // OUT)[None, :], mask=mask_j, other=0.0)
-            imp = tl.sum(imp * tl.exp2(peak - whole[:, None]) * rest[:, None], 0)
-            tl.store(joined_ptr + out_row * S + offs_j, imp, mask=offs_j < stop)
+            tl.store(joined_ptr + offs_j, tl.sum(imp * factor, 0), mask=offs_j < stop)
+
+        best = tl.zeros([KEPT], dtype=tl.int64)
+        for j0 in range(0, stop, WIDTH):
+            tl.debug_barrier()
+            offs_j = j0 + tl.arange(0, WIDTH)
+            total = tl.load(joined_ptr + offs_j, mask=(offs_j >= INITIAL) & (offs_j < stop), other=-1.0)
+            # bits of floats >= 0 have their order; of equals the smaller index has the larger key
+            keys = (total.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - offs_j)
+            keys = _largest(keys, keys_ptr, KEPT)
+            best = _largest(tl.reshape(tl.join(best, keys), [2 * KEPT]), keys_ptr, KEPT) if j0 > 0 else keys
+        index = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
+        index = tl.where(tl.arange(0, KEPT) < N - INITIAL - LOCAL, index, 0x7FFFFFFF)
+        order = tl.sum((index[None, :] < index[:, None]).to(tl.int32), 1)
+        tl.store(out_ptr + INITIAL + order, index, mask=index < 0x7FFFFFFF)
+
+
+@triton.jit
+def _largest(keys, keys_ptr, KEPT: tl.constexpr):
+    """The KEPT largest of distinct keys, in descending order.
+
+    Of keys dealt out to groups they all lie in the KEPT groups of the largest maxima: a key of another group is below
+    KEPT maxima. So keys are narrowed down by comparing few with few.
+
+    Args:
+        keys_ptr: Room for twice the keys.
+    """
+    for _ in tl.static_range(16):
+        if keys.shape[0] > KEPT:
+            narrowed = _narrow(keys, keys_ptr, KEPT, 4 * KEPT if keys.shape[0] > 4 * KEPT else keys.shape[0])
+            keys_ptr += keys.shape[0]
+            keys = narrowed
+    return keys
+
+
+@triton.jit
+def _narrow(keys, keys_ptr, KEPT: tl.constexpr, GROUPS: tl.constexpr):
+    """Keys of the KEPT groups, of GROUPS, whose maxima are largest, by descending maximum."""
+    SIZE: tl.constexpr = keys.shape[0] // GROUPS
+    maxima = keys
+    if SIZE > 1:
+        tl.store(keys_ptr + tl.arange(0, keys.shape[0]), keys)
+        maxima = tl.max(tl.reshape(keys, [GROUPS, SIZE]), 1)
+    if GROUPS <= 128:
+        rank = tl.sum((maxima[None, :] > maxima[:, None]).to(tl.int32), 1)
+    else:
+        maxima_ptr = keys_ptr + (keys.shape[0] if SIZE > 1 else 0)
+        tl.store(maxima_ptr + tl.arange(0, GROUPS), maxima)
         tl.debug_barrier()
-    every = tl.zeros([1], dtype=tl.int64)
-    choose_blocks(
-        joined_ptr + out_row * S + every, out_ptr + out_row * N + every, position + every.to(tl.int32), every == 0,
-        BLOCKS, N, INITIAL, LOCAL, 1, WIDTH, HELD, WIDTH_OUT,
-    )  # fmt: skip
+        rank = tl.zeros([GROUPS], dtype=tl.int32)
+        for i in range(0, GROUPS, 32):
+            some = tl.load(maxima_ptr + i + tl.arange(0, 32))
+            rank += tl.sum((some[None, :] > maxima[:, None]).to(tl.int32), 1)
+    ranked = rank[:, None] == tl.arange(0, KEPT)[None, :]
+    if SIZE > 1:
+        tl.debug_barrier()
+        group = tl.sum(tl.where(ranked, tl.arange(0, GROUPS)[:, None], 0), 0)
+        chosen = tl.load(keys_ptr + group[:, None] * SIZE + tl.arange(0, SIZE)[None, :])
+        chosen = tl.reshape(chosen, [KEPT * SIZE])
+    else:
+        chosen = tl.sum(tl.where(ranked, maxima[:, None], 0), 0)
+    return chosen
 
 
 @triton.jit(do_not_specialize=[*_VARYING, "first_split"])
@@ -456,14 +533,13 @@ def _selected_kernel(
     q_offset, leftpad_ptr, stride_offset, T, HQ, splits, first_split, all_splits, scale,
     OFFSET: tl.constexpr, LEFTPAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr,
-    BLOCKS: tl.constexpr, TILE: tl.constexpr, GT: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    INITIAL: tl.constexpr, LOCAL: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr, GT: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query to a share of its chosen blocks.
 
     Grid: (splits, T * H * GROUPS, B)
     """
-    _wait_for_the_kernel_before(PDL)
     i_split, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     i_g, i_t = tl.program_id(1) % GROUPS, tl.program_id(1) // GROUPS % T
     i_h, heads = tl.program_id(1) // GROUPS // T, tl.num_programs(1) // GROUPS // T
@@ -477,23 +553,36 @@ def _selected_kernel(
     acc_1, acc_2 = empty_pair(BLOCK_M, DV1, DV2)
 
     position = pos0 + i_t
-    chosen = tl.where(position >= 0, tl.minimum(position // BLOCKS + 1, N), 0)
+    own = tl.where(position >= 0, position // BLOCKS, -1)
+    chosen = tl.minimum(own + 1, N)
     tiles = tl.cdiv(chosen * BLOCKS, BLOCK_N)
-    share = tl.cdiv(tiles, splits)
+    # the forced blocks come first: they are known before the kernel before has ended
+    FORCED: tl.constexpr = INITIAL + LOCAL
+    known = tl.where((own < N) | (FORCED == N), tiles, FORCED * BLOCKS // BLOCK_N)
+    later = i_split + tl.cdiv(tl.maximum(known - i_split, 0), splits) * splits
     index_ptr += ((i_b * T + i_t) * heads + i_h) * N
     k_ptrs = k_ptr + i_b * stride_kb + i_h * stride_kh
     v_ptrs = v_ptr + i_b * stride_vb + i_h * stride_vh
-    for i_tile in range(i_split * share, tl.minimum((i_split + 1) * share, tiles)):
-        offs_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        block = tl.load(index_ptr + offs_n // BLOCKS, mask=offs_n < chosen * BLOCKS, other=0)
-        token = block * BLOCKS + offs_n % BLOCKS
-        mask_key = (offs_n < chosen * BLOCKS) & (token <= position)
-        slot = (token + pad).to(tl.int64)
-        k_1, k_2 = load_pair(k_ptrs + slot * stride_kt, mask_key, D, D1, D2, True)
-        v_1, v_2 = load_pair(v_ptrs + slot * stride_vt, mask_key, DV, DV1, DV2, True)
-        s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
-        s = tl.where(mask_key[None, :], s, float("-inf"))
-        m, z, acc_1, acc_2 = softmax_step(s, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION)
+    for part in tl.static_range(2):
+        if part == 1:
+            _wait_for_the_kernel_before(PDL)
+        for i_tile in range(i_split if part == 0 else later, known if part == 0 else tiles, splits):
+            offs_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            # one index where a tile lies in one block
+            order = i_tile * BLOCK_N // BLOCKS if BLOCKS % BLOCK_N == 0 else offs_n // BLOCKS
+            if part == 0:
+                block = tl.where(order < tl.where(own < N, N, INITIAL), order, own - (FORCED - 1 - order))
+            else:
+                slot = tl.where(order < FORCED, order + N - FORCED, order - LOCAL)
+                block = tl.load(index_ptr + tl.where(order < INITIAL, order, slot), mask=order < chosen, other=0)
+            token = block * BLOCKS + offs_n % BLOCKS
+            mask_key = (offs_n < chosen * BLOCKS) & (token <= position)
+            slot = (token + pad).to(tl.int64)
+            k_1, k_2 = load_pair(k_ptrs + slot * stride_kt, mask_key, D, D1, D2, True)
+            v_1, v_2 = load_pair(v_ptrs + slot * stride_vt, mask_key, DV, DV1, DV2, True)
+            s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
+            s = tl.where(mask_key[None, :], s, float("-inf"))
+            m, z, acc_1, acc_2 = softmax_step(s, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION)
     row = ((i_b * T + i_q) * HQ + i_head) * all_splits + first_split + i_split
     _store_split(o_ptr, lse_ptr, row, used, m * scale_log2, z, acc_1, acc_2, DV, DV1, DV2)
 
@@ -511,8 +600,11 @@ def _combine_kernel(
 
     Grid: (HQ, T, B)
     """
-    _wait_for_the_kernel_before(PDL)
     i_head, i_t, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    g_cmp = tl.load(g_cmp_ptr + i_b * stride_gcb + i_t * stride_gct + i_head * stride_gch).to(tl.float32)
+    g_slc = tl.load(g_slc_ptr + i_b * stride_gsb + i_t * stride_gst + i_head * stride_gsh).to(tl.float32)
+    g_win = tl.load(g_win_ptr + i_b * stride_gwb + i_t * stride_gwt + i_head * stride_gwh).to(tl.float32)
+    _wait_for_the_kernel_before(PDL)
     row = (i_b * T + i_t) * HQ + i_head
     parts_ptr += row * splits * DV
     lse_ptr += row * splits
@@ -521,9 +613,6 @@ def _combine_kernel(
     mask_d = (offs_d < DV)[None, :]
     mask = (split < splits)[:, None] & mask_d
     part = tl.load(parts_ptr + split[:, None] * DV + offs_d[None, :], mask=mask, other=0.0)
-    g_cmp = tl.load(g_cmp_ptr + i_b * stride_gcb + i_t * stride_gct + i_head * stride_gch).to(tl.float32)
-    g_slc = tl.load(g_slc_ptr + i_b * stride_gsb + i_t * stride_gst + i_head * stride_gsh).to(tl.float32)
-    g_win = tl.load(g_win_ptr + i_b * stride_gwb + i_t * stride_gwt + i_head * stride_gwh).to(tl.float32)
     every = tl.arange(0, SPLITS)
     lse = tl.load(lse_ptr + every, mask=every < splits, other=float("-inf"))
     first_win, first_slc = splits_cmp, splits_cmp + splits_win
