@@ -347,9 +347,11 @@ class NSAAttention(NSADenseAttention):
             weights = None if weights is None else _gather_tokens(weights.transpose(1, 2), back).transpose(1, 2)
         return output, weights, block_indices, gates
 
-    def _nsa_attention(self, *tensors, **where):
+    def _nsa_attention(self, q, k, v, k_cmp, v_cmp, k_win, v_win, *gates, **where):
         settings = {"scale": self.scaling, "backend": self.config.nsa_backend}
-        return nsa_attention(*tensors, **self.config.block_sizes, **settings, **where)
+        # under autocast RoPE and norms leave queries and keys in fp32
+        tensors = (x.to(v.dtype) for x in (q, k, v, k_cmp, v_cmp, k_win, v_win))
+        return nsa_attention(*tensors, *gates, **self.config.block_sizes, **settings, **where)
 
     def _attend_in_parallel(self, parallel, q, k, v, tails, k_win, v_win, gates):
         """This process's part of the attention, from tensors of its own tokens `[1, 2c, H, D]`.

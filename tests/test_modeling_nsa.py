@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import modeling_nsa
-from modeling_nsa import NSAConfig, NSAForCausalLM
+from modeling_nsa import NSAConfig, NSAForCausalLM, attention_nsa
 
 
 @every_variant
@@ -261,6 +261,28 @@ def test_the_triton_backend_is_not_replaced_silently(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(NotImplementedError, match="backend='triton' cannot run"):
         make_model(nsa_backend="triton")(make_ids(1, 20))
+
+
+@pytest.mark.parametrize("variant", ["separate", "pool", "mlp", "mean", "qwen3-like"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_kernels_get_one_type_under_autocast(monkeypatch, variant, packed):
+    """RoPE and norms give fp32 there, and the kernels take none but equal types."""
+    seen = []
+
+    def record(*tensors, **where):
+        seen.append({x.dtype for x in tensors[:7]})
+        return nsa_attention(*tensors, **where)
+
+    nsa_attention = attention_nsa.nsa_attention
+    monkeypatch.setattr(attention_nsa, "nsa_attention", record)
+    model, ids = make_model(variant), make_ids(1, 60)
+    more = {"position_ids": torch.arange(60)[None] % 40} if packed else {}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = model(input_ids=ids, use_cache=False, labels=ids, **more).loss
+        mixed.backward()
+    assert seen == [{torch.bfloat16}] * 2
+    full = model(input_ids=ids, use_cache=False, labels=ids, **more).loss
+    assert mixed.item() == pytest.approx(full.item(), rel=0.02)
 
 
 def test_exact_start_makes_every_new_parameter_learn_by_step_3():

@@ -52,7 +52,7 @@ _SPLIT, _SHORT_SPLIT, _BUSY = 2048, 256, 2048
 # Cells of the (block, chunk) table of one call that builds query lists; more heads than fit are taken one by one.
 _MAX_CELLS = 2**28
 # Whether the forward pass multiplies a block's weights with its values only beside the softmax of the next block.
-_LATE = False
+_LATE = True
 _NO_BLOCK = tl.constexpr(2**31 - 1)
 
 
