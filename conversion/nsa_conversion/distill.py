@@ -330,10 +330,14 @@ def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, labels
         fp32 scalar, nats per token.
     """
 
-    def chunk(rows):
-        student, teacher = (x[rows[:, 0], rows[:, 1]].float().log_softmax(-1) for x in (logits, teacher_logits))
-        return F.kl_div(student, teacher, log_target=True, reduction="sum")
+    kept = labels[:, 1:] != -100
 
-    labelled = (labels[:, 1:] != -100).nonzero()
-    total = sum(checkpoint(chunk, rows, use_reentrant=False) for rows in labelled.split(_LOGIT_ROWS))
-    return total / max(1, len(labelled))
+    def chunk(student, teacher, kept):
+        student, teacher = (x.float().log_softmax(-1) for x in (student, teacher))
+        divergence = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
+        return (divergence * kept).sum()
+
+    # slices: the gradient of rows picked by index is slow to put together
+    parts = [x.split(_LOGIT_ROWS, dim=1) for x in (logits[:, :-1], teacher_logits[:, :-1], kept)]
+    total = sum(checkpoint(chunk, *part, use_reentrant=False) for part in zip(*parts))
+    return total / kept.sum().clamp(min=1)

@@ -284,12 +284,12 @@ class StageTrainerMixin:
         """Mean over the labelled tokens; document by document, since not every attention of a teacher knows packing."""
         labels, total = inputs["labels"], 0.0
         bounds = inputs["cu_seq_lens_q"].tolist() if "cu_seq_lens_q" in inputs else [0, labels.shape[1]]
-        for start, stop in itertools.pairwise(bounds):
-            own = slice(start, stop)
+        documents = [stop - start for start, stop in itertools.pairwise(bounds)]
+        parts = [x.split(documents, dim=1) for x in (inputs["input_ids"], logits, labels)]
+        for ids, student, own in zip(*parts):
             with torch.no_grad():
-                taught = self.teacher(input_ids=inputs["input_ids"][:, own], use_cache=False).logits
-            count = (labels[:, start + 1 : stop] != -100).sum()
-            total = total + count * distillation_loss(logits[:, own], taught, labels[:, own])
+                taught = self.teacher(input_ids=ids, use_cache=False).logits
+            total = total + (own[:, 1:] != -100).sum() * distillation_loss(student, taught, own)
         return total / (labels[:, 1:] != -100).sum().clamp(min=1)
 
     def log(self, logs, start_time=None):
