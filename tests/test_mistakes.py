@@ -136,7 +136,7 @@ MISTAKES = [
     (TRAIN_TEXT.replace("{work}/out", "{dense}"), "is not empty", None),
     (f"{TRAIN_TEXT} --resume-from-checkpoint", "there is no checkpoint", None),
     (f"{TRAIN_TEXT} --stage distil", "invalid choice: 'distil'", None),
-    (f"{TRAIN_TEXT} --stage warmup --learning-rate 1e-3", "set its rate with --new-parameter-lr", None),
+    (f"{TRAIN_TEXT} --stage warmup --learning-rate 1e-3", "set their rate with --new-parameter-lr", None),
     (f"{TRAIN_TEXT} --stage adapt --teacher {{work}}/nothing", "does not exist", None),
     (f"{TRAIN_TEXT.replace('{nsa}', '{dense}')} --stage warmup", "needs sparse layers", None),
     (f"{TRAIN_TEXT} --push-to-hub", "cannot upload to out", offline),
