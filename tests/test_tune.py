@@ -91,11 +91,11 @@ def test_the_command_prints_a_table_and_adds_to_the_file(interpreter, cache, cap
     assert main([*FLAGS, "--kernels", "selected_forward"]) == 0
     out = capsys.readouterr().out
     assert f"{GPU}, 96 tokens" in out
-    best = "BLOCK_M=64 BLOCK_N=16 LATE=False ONE_LOOP=False num_warps=4 num_stages=1"
+    best = "BLOCK_M=64 BLOCK_N=16 LATE=False num_warps=4 num_stages=1"
     line = f"selected_forward       1.0000   0.5000      3        0  {best}"
     assert line in out.splitlines()
     assert f"wrote {cache}" in out
-    best = {"BLOCK_M": 64, "BLOCK_N": 16, "LATE": False, "ONE_LOOP": False, "num_warps": 4, "num_stages": 1}
+    best = {"BLOCK_M": 64, "BLOCK_N": 16, "LATE": False, "num_warps": 4, "num_stages": 1}
     older[GPU]["selected_forward"][LABEL] = best
     assert json.loads(cache.read_text()) == older
 

@@ -16,7 +16,7 @@ from nsa_kernels import decode, tuning  # noqa: F401 - all kernels register thei
 
 SHAPE = (torch.bfloat16, 128, 128, 16, 64)
 LABEL = "dtype=bfloat16 D=128 DV=128 G=16 select_block_size=64"
-FOUND = {"BLOCK_M": 64, "BLOCK_N": 32, "LATE": False, "ONE_LOOP": False, "num_warps": 4, "num_stages": 4}
+FOUND = {"BLOCK_M": 64, "BLOCK_N": 32, "LATE": False, "num_warps": 4, "num_stages": 4}
 GPU = f"Some GPU, Triton {triton.__version__}"
 
 

@@ -18,7 +18,6 @@ from .triton_common import (
     NEGATIVE,
     add_dq,
     add_product,
-    add_values,
     cdiv,
     check_inputs,
     describe,
@@ -34,7 +33,6 @@ from .triton_common import (
     row_delta,
     softmax_end,
     softmax_step,
-    softmax_weights,
     split_head_dim,
     store_pair,
     tile_map,
@@ -48,9 +46,6 @@ _VARYING = [
     "T", "C", "q_offset", "tiles", "stride_lb", "stride_lh",
     *(f"{name}_{step}" for name in ("q", "k", "v", "do") for step in ("batch", "head")),
 ]  # fmt: skip
-
-# Whether the forward pass multiplies a tile's weights with its values only beside the softmax of the next tile.
-_LATE = False
 
 
 def compressed_attention(
@@ -227,15 +222,12 @@ def _shape_key(q, k, v, compress_block_size, compress_stride):
 
 @tunable(
     "compressed_forward",
-    (64, 64, False, 4, 2), (64, 64, False, 4, 3), (64, 64, False, 4, 4), (64, 32, False, 4, 3), (128, 64, False, 8, 2),
-    (128, 64, False, 8, 3), (128, 128, False, 8, 2), (64, 64, True, 4, 3), (64, 32, True, 4, 3), (128, 64, True, 8, 3),
-    (64, 32, False, 8, 1), (64, 16, False, 8, 1), (32, 32, False, 4, 1),
+    (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 32, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3),
+    (128, 128, 8, 2), (64, 32, 8, 1), (64, 16, 8, 1), (32, 32, 4, 1),
     held="q", streamed="k v", accumulated="o s",
 )  # fmt: skip
 def _forward_config(dtype, D, DV, G, compress_block_size, compress_stride):
-    config = _row_config(dtype, D, DV, backward=False)
-    late = _LATE and dtype != torch.float32 and max(D, DV) <= 128
-    return {"BLOCK_M": config.pop("BLOCK_M"), "BLOCK_N": config.pop("BLOCK_N"), "LATE": late, **config}
+    return _row_config(dtype, D, DV, backward=False)
 
 
 @tunable(
@@ -321,29 +313,6 @@ def _forward_step(
     return softmax_step(s, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION)
 
 
-@triton.jit
-def _late_step(
-    q_1, q_2, m, z, p, alpha, acc_1, acc_2, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col,
-    start, offs_n, n_visible, scale_log2,
-    D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`_forward_step` that adds the values of the tile before, so that this product and the softmax run side by side.
-
-    Args:
-        p, alpha: Of the tile before, 0 and 1 if there is none.
-    """
-    offs_key = start + offs_n
-    k_1, k_2 = load_tile(k_desc, k_desc2, k_row + start, k_col, D1, D2)
-    v_1, v_2 = load_tile(v_desc, v_desc2, v_row + tl.maximum(start - BLOCK_N, 0), v_col, DV1, DV2)
-    s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
-    acc_1, acc_2 = add_values(p, alpha, acc_1, acc_2, v_1, v_2, DV2, PRECISION)
-    if MASK:
-        s = tl.where(offs_key[None, :] < n_visible[:, None], s, float("-inf"))
-    p, alpha, m, z = softmax_weights(s, m, z, scale_log2)
-    return m, z, p, alpha, acc_1, acc_2
-
-
 @triton.jit(do_not_specialize=_VARYING)
 def _forward_kernel(
     q_ptr, o_ptr, lse_ptr,
@@ -353,7 +322,6 @@ def _forward_kernel(
     G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
     PACKED: tl.constexpr, LEFTPAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    LATE: tl.constexpr,
 ):  # fmt: skip
     """o and lse of a tile of queries of one head.
 
@@ -385,33 +353,16 @@ def _forward_kernel(
     m = tl.full([BLOCK_M], NEGATIVE, dtype=tl.float32)
     z = tl.zeros([BLOCK_M], dtype=tl.float32)
     scale_log2 = scale * LOG2E
-    if LATE:
-        p = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        alpha = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
-        for i in range(0, n_all, BLOCK_N):
-            m, z, p, alpha, acc_1, acc_2 = _late_step(
-                q_1, q_2, m, z, p, alpha, acc_1, acc_2, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col,
-                i, offs_n, n_visible, scale_log2, D1, D2, DV1, DV2, BLOCK_N, False, PRECISION,
-            )  # fmt: skip
-        for i in range(n_all, n_any, BLOCK_N):
-            m, z, p, alpha, acc_1, acc_2 = _late_step(
-                q_1, q_2, m, z, p, alpha, acc_1, acc_2, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col,
-                i, offs_n, n_visible, scale_log2, D1, D2, DV1, DV2, BLOCK_N, True, PRECISION,
-            )  # fmt: skip
-        last = tl.maximum(tl.cdiv(n_any, BLOCK_N) - 1, 0) * BLOCK_N
-        v_1, v_2 = load_tile(v_desc, v_desc2, v_row + last, v_col, DV1, DV2)
-        acc_1, acc_2 = add_values(p, alpha, acc_1, acc_2, v_1, v_2, DV2, PRECISION)
-    else:
-        for i in range(0, n_all, BLOCK_N):
-            m, z, acc_1, acc_2 = _forward_step(
-                q_1, q_2, m, z, acc_1, acc_2, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col,
-                i, offs_n, n_visible, scale_log2, D1, D2, DV1, DV2, False, PRECISION,
-            )  # fmt: skip
-        for i in range(n_all, n_any, BLOCK_N):
-            m, z, acc_1, acc_2 = _forward_step(
-                q_1, q_2, m, z, acc_1, acc_2, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col,
-                i, offs_n, n_visible, scale_log2, D1, D2, DV1, DV2, True, PRECISION,
-            )  # fmt: skip
+    for i in range(0, n_all, BLOCK_N):
+        m, z, acc_1, acc_2 = _forward_step(
+            q_1, q_2, m, z, acc_1, acc_2, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col,
+            i, offs_n, n_visible, scale_log2, D1, D2, DV1, DV2, False, PRECISION,
+        )  # fmt: skip
+    for i in range(n_all, n_any, BLOCK_N):
+        m, z, acc_1, acc_2 = _forward_step(
+            q_1, q_2, m, z, acc_1, acc_2, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col,
+            i, offs_n, n_visible, scale_log2, D1, D2, DV1, DV2, True, PRECISION,
+        )  # fmt: skip
 
     acc_1, acc_2, lse = softmax_end(m, z, acc_1, acc_2, scale_log2, DV2)
     tl.store(lse_ptr + i_b * stride_lb + i_head * stride_lh + offs_row * stride_lt, lse, mask=mask_m)

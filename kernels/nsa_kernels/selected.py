@@ -51,8 +51,6 @@ __all__ = ["selected_attention", "selected_backward", "selected_forward"]
 _SPLIT, _SHORT_SPLIT, _BUSY = 2048, 256, 2048
 # Cells of the (block, chunk) table of one call that builds query lists; more heads than fit are taken one by one.
 _MAX_CELLS = 2**28
-# Whether the forward pass multiplies a block's weights with its values only beside the softmax of the next block.
-_LATE = True
 _NO_BLOCK = tl.constexpr(2**31 - 1)
 
 
@@ -179,31 +177,22 @@ def _holds_part(config, *, select_block_size, **_shape):
 
 @tunable(
     "selected_forward",
-    (_ROWS, 64, False, False, 4, 2), (_ROWS, 64, False, False, 4, 3), (_ROWS, 64, False, False, 4, 4),
-    (_ROWS, 32, False, False, 4, 3), (_ROWS, 32, False, False, 4, 4), (_ROWS, 64, False, False, 8, 2),
-    (_ROWS, 64, True, False, 4, 3), (_ROWS, 64, True, False, 4, 5), (_ROWS, 32, True, False, 4, 5),
-    (_ROWS, 64, True, True, 4, 5), (_ROWS, 32, False, False, 8, 1), (_ROWS, 16, False, False, 8, 1),
-    (_ROWS, 16, False, False, 4, 1),
+    (_ROWS, 64, False, 4, 2), (_ROWS, 64, False, 4, 3), (_ROWS, 64, False, 4, 4), (_ROWS, 32, False, 4, 3),
+    (_ROWS, 32, False, 4, 4), (_ROWS, 64, False, 8, 2), (_ROWS, 64, True, 4, 3), (_ROWS, 64, True, 4, 5),
+    (_ROWS, 32, True, 4, 5), (_ROWS, 32, False, 8, 1), (_ROWS, 16, False, 8, 1), (_ROWS, 16, False, 4, 1),
     held="q", streamed="k v", accumulated="o s", valid=_holds_part,
 )  # fmt: skip
 def _forward_config(dtype, D, DV, G, select_block_size):
     widest = max(D, DV)
-    late = _LATE and dtype != torch.float32 and widest <= 128
+    late = dtype != torch.float32 and widest <= 128
     if dtype == torch.float32:
         keys, warps, stages = 32 if widest <= 64 else 16, 8, 1
     elif late:  # of the stages, two go to the index of a block
         keys, warps, stages = 64, 4, 5
     else:
-        keys, warps, stages = 64, 4, 3 if widest <= 128 else 2
+        keys, warps, stages = 64, 4, 2
     keys = _key_tile(select_block_size, keys)
-    return {
-        "BLOCK_M": _ROWS,
-        "BLOCK_N": keys,
-        "LATE": late,
-        "ONE_LOOP": False,
-        "num_warps": warps,
-        "num_stages": stages,
-    }
+    return {"BLOCK_M": _ROWS, "BLOCK_N": keys, "LATE": late, "num_warps": warps, "num_stages": stages}
 
 
 @tunable(
@@ -595,7 +584,7 @@ def _forward_kernel(
     scale, H, capacity, TILE: tl.constexpr, GT: tl.constexpr, GROUPS: tl.constexpr, G: tl.constexpr, L: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    LATE: tl.constexpr, ONE_LOOP: tl.constexpr,
+    LATE: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of queries to the union of their blocks.
 
@@ -627,7 +616,7 @@ def _forward_kernel(
     z = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc_1, acc_2 = empty_pair(BLOCK_M, DV1, DV2)
     word = tl.zeros([], dtype=words_ptr.dtype.element_ty)
-    whole = 0 if ONE_LOOP else tl.maximum(count - TRAILING, 0) * SUBS
+    whole = tl.maximum(count - TRAILING, 0) * SUBS
     if LATE:
         # the product with the values of a block runs beside the softmax of the next block
         p = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)

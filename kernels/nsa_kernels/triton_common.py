@@ -47,7 +47,6 @@ __all__ = [
     "softmax_end",
     "softmax_step",
     "softmax_step_rows",
-    "softmax_weights",
     "softmax_weights_rows",
     "split_head_dim",
     "store_pair",
@@ -418,7 +417,8 @@ def softmax_step(s, m, z, acc_1, acc_2, v_1, v_2, scale_log2, D2: tl.constexpr, 
         z: `[M]`, running sum.
         scale_log2: Scale of the scores times log2(e), positive.
     """
-    p, alpha, m, z = softmax_weights(s, m, z, scale_log2)
+    m_new = tl.maximum(m, tl.max(s, 1))
+    p, alpha, m, z = _weights(s, m, m_new, m_new * scale_log2, z, scale_log2)
     acc_1, acc_2 = add_values(p, alpha, acc_1, acc_2, v_1, v_2, D2, PRECISION)
     return m, z, acc_1, acc_2
 
@@ -432,19 +432,12 @@ def softmax_step_rows(s, seeing, m, z, acc_1, acc_2, v_1, v_2, scale_log2, D2: t
 
 
 @triton.jit
-def softmax_weights(s, m, z, scale_log2):
-    """The part of `softmax_step` that needs no values.
+def softmax_weights_rows(s, seeing, m, z, scale_log2):
+    """The part of `softmax_step_rows` that needs no values.
 
     Returns:
         p: `[M, N]`, weights of the values. alpha: `[M]`, factor of what was summed before. m, z: The new ones.
     """
-    m_new = tl.maximum(m, tl.max(s, 1))
-    return _weights(s, m, m_new, m_new * scale_log2, z, scale_log2)
-
-
-@triton.jit
-def softmax_weights_rows(s, seeing, m, z, scale_log2):
-    """`softmax_weights` for the rows that are `seeing` `[M]`."""
     m_new = tl.maximum(m, tl.where(seeing, tl.max(s, 1), NEGATIVE))
     peak = tl.where(seeing, m_new * scale_log2, float("inf"))
     return _weights(s, m, m_new, peak, z, scale_log2)

@@ -20,7 +20,6 @@ from .triton_common import (
     add_dkdv,
     add_dq,
     add_pair,
-    add_values,
     cdiv,
     check_inputs,
     describe,
@@ -35,16 +34,12 @@ from .triton_common import (
     row_delta,
     softmax_end,
     softmax_step,
-    softmax_weights,
     split_head_dim,
     store_pair,
 )
 from .tuning import tunable
 
 __all__ = ["window_attention", "window_backward", "window_forward"]
-
-# Whether the forward pass multiplies a tile's weights with its values only beside the softmax of the next tile.
-_LATE = False
 
 
 def window_attention(
@@ -128,20 +123,16 @@ def _shape_key(q, k, v):
 
 @tunable(
     "window_forward",
-    (64, 64, False, False, 4, 2), (64, 64, False, False, 4, 3), (64, 64, False, False, 4, 4),
-    (64, 32, False, False, 4, 3), (128, 64, False, False, 8, 2), (128, 64, False, False, 8, 3),
-    (64, 64, True, False, 4, 3), (128, 64, True, False, 8, 3), (64, 64, True, True, 4, 3),
-    (64, 32, False, False, 8, 1), (64, 16, False, False, 8, 1), (32, 32, False, False, 4, 1),
+    (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 32, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3),
+    (64, 32, 8, 1), (64, 16, 8, 1), (32, 32, 4, 1),
     held="q", streamed="k v", accumulated="o s",
 )  # fmt: skip
 def _forward_config(dtype, D, DV, G):
     widest = max(D, DV)
     if dtype == torch.float32:
-        keys = 32 if widest <= 64 else 16
-        return {"BLOCK_M": 64, "BLOCK_N": keys, "LATE": False, "ONE_LOOP": False, "num_warps": 8, "num_stages": 1}
+        return {"BLOCK_M": 64, "BLOCK_N": 32 if widest <= 64 else 16, "num_warps": 8, "num_stages": 1}
     warps = 4 if DV <= 128 else 8  # the outputs of two branches at once
-    late, stages = _LATE and widest <= 128, 3 if widest <= 128 else 2
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "LATE": late, "ONE_LOOP": False, "num_warps": warps, "num_stages": stages}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": warps, "num_stages": 3 if widest <= 128 else 2}
 
 
 @tunable(
@@ -288,12 +279,12 @@ def _in_window(distance, W):
 
 @triton.jit
 def _load_keys(
-    key, v_key, pos, W, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col, D1: tl.constexpr,
-    D2: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BLOCK_N: tl.constexpr,
+    key, pos, W, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col, D1: tl.constexpr, D2: tl.constexpr,
+    DV1: tl.constexpr, DV2: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of k from position `key` and of v from `v_key` on, and `[M, N]`: which of them the queries at `pos` see."""
+    """Tiles of k and v from position `key` on, and `[M, N]`: which of them the queries at `pos` see."""
     k_1, k_2 = load_tile(k_desc, k_desc2, k_row + key, k_col, D1, D2)
-    v_1, v_2 = load_tile(v_desc, v_desc2, v_row + v_key, v_col, DV1, DV2)
+    v_1, v_2 = load_tile(v_desc, v_desc2, v_row + key, v_col, DV1, DV2)
     keys = key + tl.arange(0, BLOCK_N)
     visible = _in_window(pos[:, None] - keys[None, :], W)
     return k_1, k_2, v_1, v_2, visible
@@ -308,7 +299,7 @@ def _forward_kernel(
     PACKED: tl.constexpr, LEFTPAD: tl.constexpr, TW, W, scale, G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
     D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, PRECISION: tl.constexpr,
     TILE: tl.constexpr, GT: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    KEEP: tl.constexpr, SUM: tl.constexpr, LATE: tl.constexpr, ONE_LOOP: tl.constexpr,
+    KEEP: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of queries to its band if KEEP; if SUM the gated sum of all branches, laid out like o.
 
@@ -328,56 +319,24 @@ def _forward_kernel(
     k_row, k_col = (i_b * k_batch + i_h * k_head + row0 + slot0).to(tl.int32), i_h * k_column
     v_row, v_col = (i_b * v_batch + i_h * v_head + row0 + slot0).to(tl.int32), i_h * v_column
 
-    if ONE_LOOP:
-        whole = 0
     scale_log2 = scale * LOG2E
     m = tl.full([BLOCK_M], NEGATIVE, dtype=tl.float32)
     z = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc_1, acc_2 = empty_pair(BLOCK_M, DV1, DV2)
-    if LATE:
-        # the product with the values of a tile runs beside the softmax of the next tile
-        p = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        alpha = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
-        before = low
-        for i in range(0, total - whole):
-            key = low + tl.where(i < front, i, i + whole) * BLOCK_N
-            k_1, k_2, v_1, v_2, visible = _load_keys(
-                key, before, pos, W, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col, D1, D2, DV1, DV2,
-                BLOCK_N,
-            )  # fmt: skip
-            s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
-            acc_1, acc_2 = add_values(p, alpha, acc_1, acc_2, v_1, v_2, DV2, PRECISION)
-            p, alpha, m, z = softmax_weights(tl.where(visible, s, float("-inf")), m, z, scale_log2)
-            before = key
-        for i in range(front, front + whole):
-            key = low + i * BLOCK_N
-            k_1, k_2, v_1, v_2, visible = _load_keys(
-                key, before, pos, W, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col, D1, D2, DV1, DV2,
-                BLOCK_N,
-            )  # fmt: skip
-            s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
-            acc_1, acc_2 = add_values(p, alpha, acc_1, acc_2, v_1, v_2, DV2, PRECISION)
-            p, alpha, m, z = softmax_weights(s, m, z, scale_log2)
-            before = key
-        v_1, v_2 = load_tile(v_desc, v_desc2, v_row + before, v_col, DV1, DV2)
-        acc_1, acc_2 = add_values(p, alpha, acc_1, acc_2, v_1, v_2, DV2, PRECISION)
-    else:
-        for i in range(0, total - whole):
-            key = low + tl.where(i < front, i, i + whole) * BLOCK_N
-            k_1, k_2, v_1, v_2, visible = _load_keys(
-                key, key, pos, W, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col, D1, D2, DV1, DV2,
-                BLOCK_N,
-            )  # fmt: skip
-            s = tl.where(visible, dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION), float("-inf"))
-            m, z, acc_1, acc_2 = softmax_step(s, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION)
-        for i in range(front, front + whole):
-            key = low + i * BLOCK_N
-            k_1, k_2, v_1, v_2, visible = _load_keys(
-                key, key, pos, W, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col, D1, D2, DV1, DV2,
-                BLOCK_N,
-            )  # fmt: skip
-            s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
-            m, z, acc_1, acc_2 = softmax_step(s, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION)
+    for i in range(0, total - whole):
+        key = low + tl.where(i < front, i, i + whole) * BLOCK_N
+        k_1, k_2, v_1, v_2, visible = _load_keys(
+            key, pos, W, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col, D1, D2, DV1, DV2, BLOCK_N
+        )
+        s = tl.where(visible, dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION), float("-inf"))
+        m, z, acc_1, acc_2 = softmax_step(s, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION)
+    for i in range(front, front + whole):
+        key = low + i * BLOCK_N
+        k_1, k_2, v_1, v_2, visible = _load_keys(
+            key, pos, W, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col, D1, D2, DV1, DV2, BLOCK_N
+        )
+        s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
+        m, z, acc_1, acc_2 = softmax_step(s, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION)
     acc_1, acc_2, lse = softmax_end(m, z, acc_1, acc_2, scale_log2, DV2)
     offs_o = i_b * stride_ob + t * stride_ot + i_head * stride_oh
     if KEEP:
@@ -447,7 +406,7 @@ def _dq_kernel(
     for i in range(0, total - whole):
         key = low + tl.where(i < front, i, i + whole) * BLOCK_N
         k_1, k_2, v_1, v_2, visible = _load_keys(
-            key, key, pos, W, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col, D1, D2, DV1, DV2, BLOCK_N
+            key, pos, W, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col, D1, D2, DV1, DV2, BLOCK_N
         )
         acc_1, acc_2 = add_dq(
             acc_1, acc_2, q_1, q_2, do_1, do_2, k_1, k_2, v_1, v_2, visible, lse_log2, delta, gate, scale_log2,
@@ -456,7 +415,7 @@ def _dq_kernel(
     for i in range(front, front + whole):
         key = low + i * BLOCK_N
         k_1, k_2, v_1, v_2, visible = _load_keys(
-            key, key, pos, W, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col, D1, D2, DV1, DV2, BLOCK_N
+            key, pos, W, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col, D1, D2, DV1, DV2, BLOCK_N
         )
         acc_1, acc_2 = add_dq(
             acc_1, acc_2, q_1, q_2, do_1, do_2, k_1, k_2, v_1, v_2, visible, lse_log2, delta, gate, scale_log2,
