@@ -97,7 +97,7 @@ def _copy_queries(ids: torch.Tensor, first: int) -> torch.Tensor:
 @torch.no_grad()
 def _measure(layer: LayerInput, positions: torch.Tensor) -> tuple[float, float, float]:
     """Mass of the chosen blocks and of the dense choice, and the relative squared error of the output."""
-    attention, x, embeddings, layout = layer
+    attention, x, embeddings, layout, _ = layer
     config = attention.config
     rotate = attention._rotation(embeddings)
     q = rotate(attention._heads(x, attention.q_proj, attention.q_norm))[0]
@@ -201,7 +201,7 @@ def study(
             if target is not None:
                 torch.manual_seed(0)
                 inputs = [of("train", text, layer) for text in range(len(train))]
-                chosen = [choose_queries(each.layout, each.hidden_states.shape[1], first, queries) for each in inputs]
+                chosen = [choose_queries(each, first, queries) for each in inputs]
                 _train(modules[layer], inputs, chosen, target, steps, rate)
             for text, ids in enumerate(held_out):
                 every = torch.linspace(first, len(ids) - 1, min(queries, len(ids) - first)).long()

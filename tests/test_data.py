@@ -184,6 +184,22 @@ def test_pack_uses_every_token_once_and_cuts_only_long_documents():
     assert len(rows) == -(-sum(lengths) // 16)  # best fit leaves no more room than rounding up here
 
 
+def test_full_rows_are_parts_of_one_length_in_the_order_of_the_documents():
+    documents = [np.arange(n, dtype=np.int32) + 100 * n for n in (25, 9, 10, 31)]
+    rows = pack(documents, 10, full_rows=True)
+    assert [row[0].tolist() for row in rows.rows] == [
+        list(range(start, start + 10)) for start in (2500, 2510, 1000, 3100, 3110, 3120)
+    ]
+    with pytest.raises(NSAError, match="no document has 40 tokens"):
+        pack(documents, 40, full_rows=True)
+    batch = PackedRowsCollator(full_rows=True)([rows[0], rows[2]])
+    assert set(batch) == {"input_ids", "labels"}
+    assert batch["input_ids"].tolist() == [list(range(2500, 2510)), list(range(1000, 1010))]
+    assert batch["labels"][:, 0].tolist() == [-100, -100]
+    mixed = PackedRowsCollator(full_rows=True)([rows[0], *pack(documents[1:2], 10)])
+    assert mixed["cu_seq_lens_q"].tolist() == [0, 10, 19]
+
+
 def test_pack_resets_positions_and_hides_the_first_label():
     rows = pack(documents_of(3, 4), 8)
     assert len(rows) == 1

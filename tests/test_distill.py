@@ -85,8 +85,8 @@ def test_statistics_are_those_of_dense_attention(monkeypatch):
 def test_selector_losses_equal_a_direct_computation(layer):
     """Document by document, through the importance of the specification."""
     attention, config = layer.attention, layer.attention.config
-    queries = choose_queries(layer.layout, 120, 32, 1000)
-    assert [(each.document, each.start, len(each.positions)) for each in queries] == [(0, 0, 9), (1, 41, 47)]
+    queries = choose_queries(layer, 32, 1000)
+    assert [(each.slots, len(each.positions)) for each in queries] == [(slice(0, 41), 9), (slice(41, 120), 47)]
     divergence, count, error, norm = 0.0, 0, 0.0, 0.0
     rotate = attention._rotation(layer.position_embeddings)
     sizes = {name: getattr(config, name) for name in ("compress_block_size", "compress_stride", "select_block_size")}
@@ -130,7 +130,7 @@ def _mean_blocks(x, compress_block_size, compress_stride):
 
 @pytest.mark.gpu
 def test_losses_on_a_gpu_equal_those_on_the_cpu(models, packed, layer):
-    queries = choose_queries(layer.layout, 120, 32, 1000)
+    queries = choose_queries(layer, 32, 1000)
     nsa = copy.deepcopy(models[1]).cuda()
     moved = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in packed.items()}
     with layer_inputs(nsa) as inputs, torch.no_grad():
@@ -144,7 +144,7 @@ def test_gradients_reach_nothing_but_phi_and_what_it_alone_reads(models, packed)
     nsa.zero_grad()
     with layer_inputs(nsa) as inputs:
         nsa(**packed)
-    queries = choose_queries(inputs[0].layout, 120, 32, 20)
+    queries = choose_queries(inputs[0], 32, 20)
     assert sum(len(each.positions) for each in queries) == 20
     sum(sum(selector_losses(each, queries)) for each in inputs).backward()
     moved = {name for name, parameter in nsa.named_parameters() if parameter.grad is not None}
@@ -157,7 +157,7 @@ def test_gradients_reach_nothing_but_phi_and_what_it_alone_reads(models, packed)
 
 
 def test_a_row_of_short_documents_gives_a_loss_of_zero(layer):
-    losses = selector_losses(layer, choose_queries(layer.layout, 120, 1000, 20))
+    losses = selector_losses(layer, choose_queries(layer, 1000, 20))
     assert [loss.item() for loss in losses] == [0.0, 0.0]
     sum(losses).backward()
 

@@ -1,5 +1,6 @@
 # Copyright 2026 The NSA for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
+import functools
 import importlib
 import json
 import shutil
@@ -9,7 +10,7 @@ import torch
 from tiny import SMALL_NSA, make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nsa_conversion import convert, finetune
+from nsa_conversion import convert, finetune, stages
 from nsa_conversion.data import builtin_text
 from nsa_conversion.distill import dense_forward
 from nsa_conversion.errors import NSAError
@@ -113,8 +114,9 @@ def test_without_the_next_token_only_the_teacher_is_followed(run, places):
 
 
 @pytest.mark.parametrize("stage", ["warmup", "adapt"])
-def test_gradient_checkpointing_and_accumulation_train_the_same(run, places, stage):
+def test_gradient_checkpointing_and_accumulation_train_the_same(run, places, stage, monkeypatch):
     """Both run twice over the same rows: with recomputation; and each batch of two rows in two parts."""
+    monkeypatch.setattr(stages, "_SELECTOR_DOCUMENTS", None)
     settings = {"stage": stage, "max_steps": 2, "selector_queries": 1000}
     if stage == "adapt":
         settings |= {"teacher": str(places / "dense"), "anneal_blocks": 1.0, "learning_rate": 1e-2}
@@ -136,6 +138,36 @@ def test_gradient_checkpointing_and_accumulation_train_the_same(run, places, sta
         assert history[0]["loss"] == pytest.approx(history[0]["selector_loss"] + history[0]["value_loss"], abs=1e-3)
         for key in (key for key in after if "compress_k" in key):
             torch.testing.assert_close(same[key], after[key], rtol=0, atol=1e-6)
+
+
+def test_compiled_layers_train_the_same(run, places, monkeypatch):
+    """Rows of one length: one compilation serves all layers and steps."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    settings = {"stage": "adapt", "teacher": str(places / "dense"), "hidden_weight": 1.0, "max_steps": 3}
+    settings |= {"full_rows": True, "per_device_train_batch_size": 2, "optim": "sgd", "learning_rate": 1e-1}
+    plain, before, after = run("plain", **settings)
+    assert changed(before, after)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled, _, same = run("compiled", **settings, compile_layers=True)
+    assert counters["stats"]["unique_graphs"] == 5  # a layer, both sides of the selector, logits, hidden states
+    for term in ("next_token_loss", "distill_loss", "hidden_loss", "selector_loss"):
+        expected = pytest.approx([entry[term] for entry in plain], rel=1e-4)
+        assert [entry[term] for entry in compiled] == expected
+    for key in after:
+        torch.testing.assert_close(same[key], after[key], rtol=1e-3, atol=1e-5)
+
+
+def test_hidden_states_come_closer_to_the_teachers(run, places):
+    """Packed documents too, whose teacher reads each alone; with all blocks selected the model is its teacher."""
+    settings = {"stage": "adapt", "teacher": str(places / "dense"), "per_device_train_batch_size": 2}
+    settings |= {"next_token_weight": 0.0, "distill_weight": 1.0, "selector_weight": 0.0, "hidden_weight": 5.0}
+    (first,), _, _ = run("exact", **settings | {"max_steps": 1, "anneal_blocks": 1.0})
+    assert first["hidden_loss"] == pytest.approx(0, abs=1e-6)
+    history, _, _ = run("out", "row.txt", **settings | {"max_steps": 12, "learning_rate": 1e-3})
+    assert history[-1]["hidden_loss"] < 0.9 * history[0]["hidden_loss"]
+    assert history[-1]["loss"] == pytest.approx(history[-1]["distill_loss"] + 5 * history[-1]["hidden_loss"], abs=1e-3)
 
 
 def test_a_resumed_stage_goes_on_as_if_never_stopped(places, tmp_path):

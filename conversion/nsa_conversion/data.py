@@ -338,7 +338,7 @@ class PackedRows(torch.utils.data.Dataset):
         return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
 
 
-def pack(documents: Iterable[np.ndarray], max_length: int) -> PackedRows:
+def pack(documents: Iterable[np.ndarray], max_length: int, full_rows: bool = False) -> PackedRows:
     """Lay documents in as few rows of at most `max_length` tokens as best-fit-decreasing finds.
 
     Only documents longer than `max_length` are cut; each part then counts as a document of its own. Rows are not
@@ -347,6 +347,7 @@ def pack(documents: Iterable[np.ndarray], max_length: int) -> PackedRows:
     Args:
         documents: int32 token arrays.
         max_length: tokens in a row, at least 2.
+        full_rows: keep parts of exactly `max_length` tokens alone, in the order of the documents.
 
     Raises:
         NSAError: `max_length` is too small, or nothing is left to pack.
@@ -354,9 +355,12 @@ def pack(documents: Iterable[np.ndarray], max_length: int) -> PackedRows:
     if max_length < MIN_DOCUMENT_TOKENS:
         raise NSAError(f"max_length must be at least {MIN_DOCUMENT_TOKENS} tokens, got {max_length}")
     pieces = [document[i : i + max_length] for document in documents for i in range(0, len(document), max_length)]
-    pieces = [piece for piece in pieces if len(piece) >= MIN_DOCUMENT_TOKENS]
+    shortest = max_length if full_rows else MIN_DOCUMENT_TOKENS
+    pieces = [piece for piece in pieces if len(piece) >= shortest]
     if not pieces:
-        raise NSAError(f"no document has {MIN_DOCUMENT_TOKENS} tokens: nothing to train on")
+        raise NSAError(f"no document has {shortest} tokens: nothing to train on")
+    if full_rows:
+        return PackedRows([[piece] for piece in pieces])
 
     rows: list[list[int]] = []
     rows_by_space: list[list[int]] = [[] for _ in range(max_length + 1)]
@@ -410,12 +414,20 @@ class PackedRowsCollator:
 
     A batch of `per_device_train_batch_size` rows becomes `input_ids`, `labels`, `position_ids` and the sequence
     boundaries `cu_seq_lens_q/k`, `max_length_q/k` of transformers' `DataCollatorWithFlattening`, which does the work.
+
+    Args:
+        full_rows: rows that are one document each, all of one length, stay rows `[rows, tokens]`.
     """
 
-    def __init__(self):
+    def __init__(self, full_rows: bool = False):
         self.flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+        self.full_rows = full_rows
 
     def __call__(self, rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
+        if self.full_rows and all(
+            torch.equal(row["position_ids"], torch.arange(len(rows[0]["labels"]))) for row in rows
+        ):
+            return {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "labels")}
         documents = []
         for row in rows:
             starts = (row["position_ids"] == 0).nonzero().flatten().tolist()

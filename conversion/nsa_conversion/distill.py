@@ -15,14 +15,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nsa_kernels import compressed_cu_seqlens, fold_importance
+from nsa_kernels import compressed_cu_seqlens, fold_importance, num_compressed_blocks
 
 __all__ = [
     "SELECTOR_TARGETS",
@@ -32,9 +32,11 @@ __all__ = [
     "dense_forward",
     "dense_statistics",
     "distillation_loss",
+    "hidden_state_loss",
     "layer_inputs",
     "selector_losses",
     "selector_modules",
+    "sparse_decoder_layers",
     "sparse_layers",
 ]
 
@@ -44,10 +46,19 @@ _MAX_SCORES = 2**26
 _LOGIT_ROWS = 2048
 
 
+def _unchanged(function: Callable) -> Callable:
+    return function
+
+
 def sparse_layers(model) -> list[torch.nn.Module]:
     """The attention modules of the sparse layers, in order."""
     # by attribute: a checkpoint with its own code brings its own classes
     return [module for module in model.modules() if hasattr(module, "compress_k")]
+
+
+def sparse_decoder_layers(model) -> list[torch.nn.Module]:
+    """The decoder layers around `sparse_layers`, in order."""
+    return [module for module in model.modules() if hasattr(getattr(module, "self_attn", None), "compress_k")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,24 +67,31 @@ def sparse_layers(model) -> list[torch.nn.Module]:
 
 
 class LayerInput(NamedTuple):
-    """What a sparse layer was called with: `[1, T, hidden_size]`, cos and sin `[1, T, D]`, and the layout."""
+    """What a sparse layer was called with, shapes `[B, T, hidden_size]`, cos and sin `[B or 1, T, D]`.
+
+    `hidden_states` went into its attention and are detached, `residual` into the layer and is not.
+    """
 
     attention: torch.nn.Module
     hidden_states: torch.Tensor
     position_embeddings: tuple[torch.Tensor, torch.Tensor]
     layout: object
+    residual: torch.Tensor | None = None
 
 
 @contextlib.contextmanager
 def layer_inputs(model) -> Iterator[list[LayerInput]]:
-    """Collect the detached inputs of the sparse layers of every forward pass inside the context."""
+    """Collect the inputs of the sparse layers of every forward pass inside the context."""
     inputs: list[LayerInput] = []
 
-    def hook(attention, args, kwargs):
-        hidden_states = kwargs["hidden_states"].detach()
-        inputs.append(LayerInput(attention, hidden_states, kwargs["position_embeddings"], kwargs["layout"]))
+    def hook(layer, args, kwargs):
+        with torch.no_grad():
+            hidden_states = layer.input_layernorm(args[0])
+        where = (kwargs["position_embeddings"], kwargs["layout"])
+        inputs.append(LayerInput(layer.self_attn, hidden_states, *where, residual=args[0]))
 
-    handles = [attention.register_forward_pre_hook(hook, with_kwargs=True) for attention in sparse_layers(model)]
+    # on the layer, not on its attention: a compiled layer does not call hooks inside
+    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in sparse_decoder_layers(model)]
     try:
         yield inputs
     finally:
@@ -115,15 +133,17 @@ def _dense_attention(attention, hidden_states, position_embeddings, layout=None,
             scale=attention.scaling,
             enable_gqa=True,
         )
-        for start, stop in _documents(layout, hidden_states.shape[1])
+        for _, start, stop in _documents(layout, 1, hidden_states.shape[1])
     ]
     output = torch.cat(outputs, dim=2).transpose(1, 2) * gates[..., 1, None].to(v.dtype)
     return attention.o_proj(output.flatten(2)), None
 
 
-def _documents(layout, tokens: int) -> list[tuple[int, int]]:
-    """First slot and end of every document."""
-    return list(itertools.pairwise([0, tokens] if layout.cu_seqlens is None else layout.cu_seqlens.tolist()))
+def _documents(layout, rows: int, tokens: int) -> list[tuple[int, int, int]]:
+    """Row, first slot and end of every document."""
+    if layout.cu_seqlens is None:
+        return [(row, 0, tokens) for row in range(rows)]
+    return [(0, *bounds) for bounds in itertools.pairwise(layout.cu_seqlens.tolist())]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,25 +152,42 @@ def _documents(layout, tokens: int) -> list[tuple[int, int]]:
 
 
 class Queries(NamedTuple):
-    """Chosen queries of one document: its index in the row, its first slot and end, positions inside it int64 `[Q]`."""
+    """Chosen queries of one document: its row, slots, compressed blocks, and positions inside it int64 `[Q]`."""
 
-    document: int
-    start: int
-    stop: int
+    row: int
+    slots: slice
+    blocks: slice
     positions: torch.Tensor
 
 
-def choose_queries(layout, tokens: int, first: int, count: int) -> list[Queries]:
-    """Draw `count` queries of a row at random, or take all there are, from position `first` of a document on."""
-    documents = _documents(layout, tokens)
-    slots = torch.cat([torch.arange(min(start + first, stop), stop) for start, stop in documents])
-    if count < len(slots):
-        slots = slots[torch.randperm(len(slots))[:count]].sort().values
-    chosen = [
-        Queries(i, start, stop, slots[(slots >= start) & (slots < stop)] - start)
-        for i, (start, stop) in enumerate(documents)
-    ]
-    return [queries for queries in chosen if len(queries.positions)]
+def choose_queries(layer: LayerInput, first: int, count: int, documents: int | None = None) -> list[Queries]:
+    """Draw `count` queries of a batch at random, or take all there are, from position `first` of a document on.
+
+    With `documents`, from at most so many of the batch's, drawn by the number of such queries in them.
+    """
+    layout, (rows, tokens) = layer.layout, layer.hidden_states.shape[:2]
+    bounds = _documents(layout, rows, tokens)
+    numbers = torch.tensor([max(0, stop - start - first) for _, start, stop in bounds])
+    drawn = numbers.nonzero().flatten()
+    if documents is not None and documents < len(drawn):
+        drawn = numbers.double().multinomial(documents).sort().values
+    queries = [torch.arange(number) for number in numbers[drawn].tolist()]
+    if count < sum(map(len, queries)):
+        kept = torch.randperm(sum(map(len, queries)))[:count].sort().values
+        ends = torch.tensor([0, *map(len, queries)]).cumsum(0).tolist()
+        queries = [kept[(kept >= a) & (kept < b)] - a for a, b in itertools.pairwise(ends)]
+    sizes = (layout.compress_block_size, layout.compress_stride)
+    lengths = torch.tensor([0] + [stop - start for _, start, stop in bounds])
+    ends = [0] * (len(bounds) + 1) if layout.cu_seqlens is None else compressed_cu_seqlens(lengths.cumsum(0), *sizes)
+    chosen = []
+    for document, positions in zip(drawn.tolist(), queries):
+        row, start, stop = bounds[document]
+        first_block = int(ends[document])
+        blocks = slice(first_block, first_block + num_compressed_blocks(stop - start, *sizes))
+        if len(positions):
+            positions = (positions + first).to(layer.hidden_states.device)
+            chosen.append(Queries(row, slice(start, stop), blocks, positions))
+    return chosen
 
 
 @torch.no_grad()
@@ -184,20 +221,22 @@ def dense_statistics(
     """
     tokens, heads = k.shape[:2]
     blocks = -(-tokens // select_block_size)
-    q, k, v = q.float().unflatten(1, (heads, -1)), k.float(), v.float()
-    norms = v.norm(dim=-1).T[:, None] if target == "output" else 1.0  # [H, 1, T]
+    q, k, v = scale * q.float().unflatten(1, (heads, -1)), k.float(), v.float()
     v_blocks = F.pad(v, (0, 0, 0, 0, 0, blocks * select_block_size - tokens)).unflatten(0, (blocks, -1))
     key = torch.arange(tokens, device=q.device)
     size = max(1, _MAX_SCORES // (q.shape[1] * q.shape[2] * tokens))
     mass, outputs = [], []
     for chunk, position in zip(q.split(size), positions.to(q.device)[:, None, None, None].split(size)):
-        scores = scale * torch.einsum("qhgd,khd->qhgk", chunk, k)
-        p = scores.masked_fill_(key > position, float("-inf")).softmax(dim=-1)
+        scores = torch.einsum("qhgd,khd->qhgk", chunk, k)
+        p = scores.masked_fill(key > position, float("-inf")).softmax(dim=-1)
         if target == "vector":
             by_block = F.pad(p, (0, blocks * select_block_size - tokens)).unflatten(-1, (blocks, -1))
             mass.append(torch.einsum("qhgsk,skhd->qhgsd", by_block, v_blocks).norm(dim=-1).sum(2))
         else:
-            weighted = F.pad((p * norms).sum(2), (0, blocks * select_block_size - tokens))
+            weighted = p.sum(2)
+            if target == "output":
+                weighted *= v.norm(dim=-1).T
+            weighted = F.pad(weighted, (0, blocks * select_block_size - tokens))
             mass.append(weighted.unflatten(-1, (blocks, -1)).sum(-1))
         if outside:
             far = p.masked_fill_(key > position - window_size, 0.0)
@@ -215,7 +254,11 @@ def selector_modules(attention: torch.nn.Module) -> tuple[list[torch.nn.Module],
 
 
 def selector_losses(
-    layer: LayerInput, queries: list[Queries], target: str = "mass", values: bool = True
+    layer: LayerInput,
+    queries: list[Queries],
+    target: str = "mass",
+    values: bool = True,
+    wrap: Callable[[Callable], Callable] = _unchanged,
 ) -> tuple[torch.Tensor, ...]:
     """How far φ_K is from the dense choice of blocks, and φ_V from what dense attention reads outside the window.
 
@@ -228,48 +271,64 @@ def selector_losses(
         queries: of `choose_queries`; 0 and 0 where there are none.
         target: see `dense_statistics`.
         values: whether the second is wanted; 0 if not.
+        wrap: what the functions that compute are called through, `torch.compile` for one.
 
     Returns:
         Two fp32 scalars with gradients for `compress_k` and for `compress_v`, and what they read (`selector_modules`).
     """
-    attention, hidden_states, position_embeddings, layout = layer
-    config, device = attention.config, hidden_states.device
+    attention, hidden_states, position_embeddings, layout, _ = layer
     if not queries:
         return tuple(
             sum(parameter.sum() for module in modules for parameter in module.parameters()) * 0.0
             for modules in selector_modules(attention)
         )
-    with torch.no_grad():
-        rotate = attention._rotation(position_embeddings)
-        k = rotate(attention._heads(hidden_states, attention.k_proj, attention.k_norm))
-        v = attention._heads(hidden_states, attention.v_proj)
-        taught = []
-        for chosen in queries:
-            slots = (chosen.start + chosen.positions).to(device)
-            turn = attention._rotation([x[:, slots] for x in position_embeddings])
-            q = turn(attention._heads(hidden_states[:, slots], attention.q_proj, attention.q_norm))[0]
-            with torch.autocast(device.type, enabled=False):
-                statistics = dense_statistics(
-                    q,
-                    k[0, chosen.start : chosen.stop],
-                    v[0, chosen.start : chosen.stop],
-                    chosen.positions,
-                    select_block_size=config.select_block_size,
-                    window_size=config.window_size,
-                    scale=attention.scaling,
-                    target=target,
-                    outside=values,
-                )
-            taught.append((q, *statistics))
-    bounds = [0, hidden_states.shape[1]] if layout.cu_seqlens is None else layout.cu_seqlens
-    cu_seqlens = torch.as_tensor(bounds, dtype=torch.int32, device=device)
-    # recomputed in the backward pass: what one layer holds is freed before the next
-    return checkpoint(_taught, layer, cu_seqlens, queries, taught, use_reentrant=False)
+    sums = torch.zeros(4, device=hidden_states.device)
+    for row, slots, blocks, positions in queries:
+        x = hidden_states[row : row + 1, slots]
+        rotation = [_of_row(each, row)[:, slots] for each in position_embeddings]
+        centres = [each.reshape(-1, *each.shape[-2:]) for each in layout.block_embeddings]
+        centres = [_of_row(each, row)[:, blocks] for each in centres]
+        taught = wrap(_dense_choice)(attention, x, rotation, positions, target, values)
+        # recomputed in the backward pass: what one document holds is freed before the next
+        part = checkpoint(
+            wrap(_taught), attention, x, rotation, centres, positions, *taught,
+            use_reentrant=False, preserve_rng_state=False,
+        )  # fmt: skip
+        sums = sums + part
+    divergence, count, error, norm = sums
+    return divergence / count, error / norm.clamp(min=torch.finfo(norm.dtype).tiny)
 
 
-def _taught(layer, cu_seqlens, queries, taught):
-    """The losses of one layer; `taught`: (q, mass, outside) for every entry of `queries`."""
-    attention, hidden_states, position_embeddings, layout = layer
+def _of_row(x, row: int):
+    return x if x.shape[0] == 1 else x[row : row + 1]
+
+
+@torch.no_grad()
+def _dense_choice(attention, hidden_states, position_embeddings, positions, target, outside):
+    """Queries `[Q, HQ, D]` at `positions` of a document, and what `dense_statistics` says of them."""
+    config = attention.config
+    k = attention._heads(hidden_states, attention.k_proj, attention.k_norm)
+    k = attention._rotation(position_embeddings)(k)[0]
+    v = attention._heads(hidden_states, attention.v_proj)[0]
+    q = attention._heads(hidden_states[:, positions], attention.q_proj, attention.q_norm)
+    q = attention._rotation([x[:, positions] for x in position_embeddings])(q)[0]
+    with torch.autocast(q.device.type, enabled=False):
+        statistics = dense_statistics(
+            q,
+            k,
+            v,
+            positions,
+            select_block_size=config.select_block_size,
+            window_size=config.window_size,
+            scale=attention.scaling,
+            target=target,
+            outside=outside,
+        )
+    return q, *statistics
+
+
+def _taught(attention, hidden_states, position_embeddings, block_embeddings, positions, q, mass, outside):
+    """Sums over the queries of a document: the divergence, their number times groups, the squared error and norm."""
     config = attention.config
     with torch.set_grad_enabled(not config.shared_kv):
         if config.shared_kv:
@@ -277,37 +336,28 @@ def _taught(layer, cu_seqlens, queries, taught):
             v_cmp = attention._heads(hidden_states, attention.v_proj)
         else:
             k_cmp, v_cmp = attention._branch(hidden_states, "cmp")
-        rotated = attention._rotation(position_embeddings)(k_cmp)
-        tails = {name: x[0] for name, x in attention._tails(k_cmp, rotated, v_cmp).items()}
+        tails = attention._tails(k_cmp, attention._rotation(position_embeddings)(k_cmp), v_cmp)
+    k_cmp, v_cmp = (x[0].float() for x in attention._compress(tails, 0, None, block_embeddings))
     sizes = {name: getattr(config, name) for name in ("compress_block_size", "compress_stride", "select_block_size")}
-    embeddings = tuple(x.reshape(-1, x.shape[-1]) for x in layout.block_embeddings)
-    keys, values = attention._compress(tails, 0, None, embeddings, cu_seqlens)
-    block_bounds = compressed_cu_seqlens(cu_seqlens, config.compress_block_size, config.compress_stride).tolist()
-    divergence, count = 0.0, 0
-    error, norm = torch.zeros(2, device=keys.device)
-    with torch.autocast(keys.device.type, enabled=False):
-        for chosen, (q, mass, outside) in zip(queries, taught):
-            first, last = block_bounds[chosen.document : chosen.document + 2]
-            k_cmp, v_cmp = keys[first:last].float(), values[first:last].float()
-            position = chosen.positions.to(q.device)[:, None, None]
-            end = config.compress_stride * torch.arange(last - first, device=q.device) + config.compress_block_size - 1
-            q = q.float().unflatten(1, (k_cmp.shape[1], -1))
-            scores = attention.scaling * torch.einsum("qhgd,chd->qhgc", q, k_cmp)
-            p = scores.masked_fill(end > position[..., None], float("-inf")).softmax(dim=-1)
+    with torch.autocast(q.device.type, enabled=False):
+        position = positions[:, None, None]
+        end = config.compress_stride * torch.arange(len(k_cmp), device=q.device) + config.compress_block_size - 1
+        q = attention.scaling * q.float().unflatten(1, (k_cmp.shape[1], -1))
+        scores = torch.einsum("qhgd,chd->qhgc", q, k_cmp)
+        p = scores.masked_fill(end > position[..., None], float("-inf")).softmax(dim=-1)
 
-            blocks = torch.arange(mass.shape[-1], device=q.device)
-            free = blocks <= position // config.select_block_size - config.num_local_blocks
-            free &= blocks >= config.num_initial_blocks
-            teacher = _normalised(mass * free)
-            student = _normalised(fold_importance(p.sum(2), num_blocks=len(blocks), **sizes) * free)
-            tiny = torch.finfo(student.dtype).tiny
-            divergence += (torch.xlogy(teacher, teacher) - teacher * student.clamp(min=tiny).log()).sum()
-            count += mass.shape[0] * mass.shape[1]
-            if outside is not None:
-                o_cmp = torch.einsum("qhgc,chd->qhgd", p.detach(), v_cmp).flatten(1, 2)
-                error = error + (o_cmp - outside).square().sum()
-                norm = norm + outside.square().sum()
-    return divergence / count, error / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+        blocks = torch.arange(mass.shape[-1], device=q.device)
+        free = blocks <= position // config.select_block_size - config.num_local_blocks
+        free &= blocks >= config.num_initial_blocks
+        teacher = _normalised(mass * free)
+        student = _normalised(fold_importance(p.sum(2), num_blocks=len(blocks), **sizes) * free)
+        tiny = torch.finfo(student.dtype).tiny
+        divergence = (torch.xlogy(teacher, teacher) - teacher * student.clamp(min=tiny).log()).sum()
+        error = norm = torch.zeros((), device=q.device)
+        if outside is not None:
+            o_cmp = torch.einsum("qhgc,chd->qhgd", p.detach(), v_cmp).flatten(1, 2)
+            error, norm = (o_cmp - outside).square().sum(), outside.square().sum()
+    return torch.stack((divergence, torch.full_like(divergence, mass.shape[0] * mass.shape[1]), error, norm))
 
 
 def _normalised(x):
@@ -315,29 +365,59 @@ def _normalised(x):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Logits
+# Logits and hidden states
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def distillation_loss(
+    logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    wrap: Callable[[Callable], Callable] = _unchanged,
+) -> torch.Tensor:
     """KL(teacher ‖ student) of the next token, mean over the tokens that have a label, in chunks of them.
 
     Args:
         logits, teacher_logits: `[B, T, vocab_size]`.
         labels: int64 `[B, T]`, -100 where none; token t is predicted at t - 1.
+        wrap: see `selector_losses`.
 
     Returns:
         fp32 scalar, nats per token.
     """
-
-    kept = labels[:, 1:] != -100
-
-    def chunk(student, teacher, kept):
-        student, teacher = (x.float().log_softmax(-1) for x in (student, teacher))
-        divergence = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
-        return (divergence * kept).sum()
-
-    # slices: the gradient of rows picked by index is slow to put together
-    parts = [x.split(_LOGIT_ROWS, dim=1) for x in (logits[:, :-1], teacher_logits[:, :-1], kept)]
-    total = sum(checkpoint(chunk, *part, use_reentrant=False) for part in zip(*parts))
+    # whole rows of fp32, and slices: the gradient of rows picked by index is slow to put together
+    kept = F.pad(labels[:, 1:] != -100, (0, 1))
+    rows = max(1, _LOGIT_ROWS // len(labels))
+    parts = [x.split(rows, dim=1) for x in (logits, teacher_logits, kept)]
+    where = {"use_reentrant": False, "preserve_rng_state": False}
+    total = sum(checkpoint(wrap(_divergence), *part, **where) for part in zip(*parts))
     return total / kept.sum().clamp(min=1)
+
+
+def _divergence(student, teacher, kept):
+    student, teacher = (x.float().log_softmax(-1) for x in (student, teacher))
+    divergence = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
+    return (divergence * kept).sum()
+
+
+def hidden_state_loss(
+    hidden_states: Sequence[torch.Tensor],
+    teacher_states: Sequence[torch.Tensor],
+    wrap: Callable[[Callable], Callable] = _unchanged,
+) -> torch.Tensor:
+    """Squared distance of hidden states from the teacher's over the squared norm of those.
+
+    Args:
+        hidden_states, teacher_states: one `[B, T, hidden_size]` per layer.
+        wrap: see `selector_losses`.
+
+    Returns:
+        fp32 scalar, the mean over tokens and layers.
+    """
+    return sum(map(wrap(_distance), hidden_states, teacher_states)) / len(hidden_states)
+
+
+def _distance(student, teacher):
+    student, teacher = student.float(), teacher.float()
+    norm = teacher.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((student - teacher).square().sum(-1) / norm).mean()

@@ -150,6 +150,13 @@ class DataArguments:
         default=4096,
         metadata={"help": "Tokens per packed row. Must be more than n * l' of the model to exercise its selection."},
     )
+    full_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on parts of exactly --max-length tokens alone, and leave out what is shorter: each is a row "
+            "of its own, so that all steps have the same shapes."
+        },
+    )
     repeat_share: float = field(
         default=0.0,
         metadata={
@@ -337,6 +344,8 @@ def _check_arguments(
             raise NSAError("--use-liger-kernel needs the liger-kernel library: pip install 'nsa-transformers[liger]'")
         if stage.stage != "sft":
             raise NSAError(f"--use-liger-kernel makes no logits, which --stage {stage.stage} needs; leave it out")
+    if stage.hidden_weight and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise NSAError("--hidden-weight gets no gradient through use_reentrant; leave it out of the checkpointing")
     if stage.stage == "warmup" and args.learning_rate != FinetuneArguments.learning_rate:
         raise NSAError(
             f"--stage warmup trains new parts alone: set their rate with --new-parameter-lr, not --learning-rate "
@@ -497,17 +506,25 @@ class _BeforeTraining(TrainerCallback):
             logger.warning("the loss before training is not measured: the sharded model starts from a checkpoint")
 
 
-def _load_teacher(stage: StageArguments, model: ModelArguments, vocab_size: int, device: torch.device):
+def _load_teacher(stage: StageArguments, model: ModelArguments, config: PreTrainedConfig, device: torch.device):
     """The frozen teacher, in bfloat16 on accelerators, or None."""
     if stage.teacher is None:
         return None
     dtype = "float32" if device.type == "cpu" else "bfloat16"
     teacher, _ = load_model(stage.teacher, dtype=dtype, device=device, trust_remote_code=model.trust_remote_code)
-    if teacher.config.vocab_size != vocab_size:
+    if teacher.config.vocab_size != config.vocab_size:
         raise NSAError(
-            f"--teacher {stage.teacher} must have the model's vocabulary of {vocab_size} tokens to compare logits, it "
-            f"has {teacher.config.vocab_size}; give the model that was converted"
+            f"--teacher {stage.teacher} must have the model's vocabulary of {config.vocab_size} tokens to compare "
+            f"logits, it has {teacher.config.vocab_size}; give the model that was converted"
         )
+    if stage.hidden_weight:
+        for name in ("hidden_size", "num_hidden_layers"):
+            own, theirs = getattr(config, name), getattr(teacher.config, name)
+            if own != theirs:
+                raise NSAError(
+                    f"--hidden-weight compares layer by layer: --teacher {stage.teacher} must have the model's {name} "
+                    f"of {own}, it has {theirs}; leave --hidden-weight out"
+                )
     return teacher.requires_grad_(False)
 
 
@@ -755,7 +772,7 @@ def _run(
             "it with `nsa convert`"
         )
     source = _SourceSettings.of(model.model, network)
-    teacher = _load_teacher(stage, model, network.config.vocab_size, args.device)
+    teacher = _load_teacher(stage, model, network.config, args.device)
     if main_process:
         _warn_about_length(network.config, data.max_length)
 
@@ -765,7 +782,7 @@ def _run(
         held_out = encode_documents(eval_documents, tokenizer, progress)
     else:
         encoded, held_out = hold_out(encoded, data.eval_fraction, args.seed)
-    rows = pack(encoded, data.max_length)
+    rows = pack(encoded, data.max_length, data.full_rows)
     if data.repeat_share:
         rows = repeat_passages(rows, data.repeat_share, data.max_length // 2, args.seed)
     eval_rows: PackedRows | None = pack(held_out, data.max_length) if held_out else None
@@ -792,7 +809,7 @@ def _run(
         "args": args,
         "train_dataset": rows,
         "eval_dataset": eval_rows,
-        "data_collator": PackedRowsCollator(),
+        "data_collator": PackedRowsCollator(data.full_rows),
         "processing_class": tokenizer,
     }
     if args.ddp_find_unused_parameters is None and (context.context_parallel_size > 1 or stage.stage != "sft"):

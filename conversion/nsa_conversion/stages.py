@@ -10,6 +10,7 @@ the selector's loss.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -22,9 +23,11 @@ from .distill import (
     choose_queries,
     dense_forward,
     distillation_loss,
+    hidden_state_loss,
     layer_inputs,
     selector_losses,
     selector_modules,
+    sparse_decoder_layers,
     sparse_layers,
 )
 from .errors import NSAError
@@ -37,6 +40,9 @@ STAGES = ("warmup", "adapt", "sft")
 NEW_PARAMETERS = tuple(
     f".self_attn.{name}." for name in ("compress_k", "compress_v", "gate", "k_proj_cmp", "v_proj_cmp", "k_norm_cmp")
 )
+
+# Documents of a batch that the selector of a layer learns from: each costs many small operations.
+_SELECTOR_DOCUMENTS = 1
 
 
 @dataclass
@@ -64,12 +70,19 @@ class StageArguments:
     distill_weight: float | None = field(
         default=None, metadata={"help": "adapt: factor of the KL to the teacher's logits (default: 1)."}
     )
+    hidden_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "adapt: factor of the relative squared distance to the teacher's hidden states, layer by layer "
+            "(default: 0)."
+        },
+    )
     selector_weight: float | None = field(
         default=None, metadata={"help": "adapt: factor of the selector's KL; 0 leaves it out (default: 1)."}
     )
     selector_queries: int | None = field(
         default=None,
-        metadata={"help": "warmup, adapt: queries drawn per row for the selector's loss (default: 1024)."},
+        metadata={"help": "warmup, adapt: queries drawn per step and layer for the selector's loss (default: 1024)."},
     )
     selector_target: str | None = field(
         default=None,
@@ -94,6 +107,14 @@ class StageArguments:
         },
     )
 
+    compile_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "adapt: compile every decoder layer and what the losses compute. The first steps take minutes, the "
+            "others less; give --full-rows too, so that shapes never change."
+        },
+    )
+
     def check(self, lora: bool) -> None:
         """Refuse what cannot work, and set what was not given.
 
@@ -102,20 +123,25 @@ class StageArguments:
         """
         if self.stage not in STAGES:
             raise NSAError(f"--stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
+        if self.compile_layers and self.stage != "adapt":
+            raise NSAError(f"--compile-layers belongs to --stage adapt, got --stage {self.stage}")
         if self.stage == "warmup" and lora:
             raise NSAError("--lora does nothing in --stage warmup, which trains new parts alone; leave it out")
         defaults = {
             "teacher": (("adapt",), None),
             "next_token_weight": (("adapt",), 1.0),
             "distill_weight": (("adapt",), 1.0),
+            "hidden_weight": (("adapt",), 0.0),
             "selector_weight": (("adapt",), 1.0),
             "anneal_blocks": (("adapt",), 0.0),
             "selector_queries": (("warmup", "adapt"), 1024),
             "selector_target": (("warmup", "adapt"), "mass"),
             "new_parameter_lr": (("warmup", "adapt"), 1e-3),
         }
-        if self.distill_weight is not None and self.teacher is None:
-            raise NSAError("--distill-weight needs --teacher, the dense model whose logits are matched")
+        for name, matched in (("distill_weight", "logits"), ("hidden_weight", "hidden states")):
+            if getattr(self, name) is not None and self.teacher is None:
+                flag = f"--{name.replace('_', '-')}"
+                raise NSAError(f"{flag} needs --teacher, the dense model whose {matched} are matched")
         for name, (stages, default) in defaults.items():
             flag = f"--{name.replace('_', '-')}"
             if getattr(self, name) is None:
@@ -124,7 +150,7 @@ class StageArguments:
                 raise NSAError(f"{flag} belongs to --stage {' or '.join(stages)}, got --stage {self.stage}")
         if self.stage == "sft":
             return
-        for name in ("next_token_weight", "distill_weight", "selector_weight"):
+        for name in ("next_token_weight", "distill_weight", "hidden_weight", "selector_weight"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise NSAError(f"--{name.replace('_', '-')} must not be negative, got {value}")
@@ -206,6 +232,7 @@ class StageTrainerMixin:
         self.config = sparse_layers(self.model)[0].config
         self.num_blocks, self.first_query = self.config.num_selected_blocks, _first_query(self.config)
         self._terms: dict[str, list] = {}
+        self._wrap = functools.cache(torch.compile) if stage.compile_layers else lambda function: function
 
     def create_optimizer(self, model=None):
         """As in Trainer; φ and the gates are moved to groups of their own learning rate."""
@@ -225,8 +252,19 @@ class StageTrainerMixin:
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As in Trainer, at the present number of blocks: the backward pass may compute the forward pass again."""
-        with self._annealed():
+        with self._annealed(), self._compiled():
             return super().training_step(model, inputs, num_items_in_batch)
+
+    @contextlib.contextmanager
+    def _compiled(self) -> Iterator[None]:
+        layers = sparse_decoder_layers(self.model) if self.stage.compile_layers else []
+        for layer in layers:
+            layer.forward = self._wrap(layer.forward)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
 
     @contextlib.contextmanager
     def _annealed(self) -> Iterator[None]:
@@ -253,7 +291,8 @@ class StageTrainerMixin:
             selector, value = self._selector(layers, values=True)
             terms, total = {"selector_loss": selector, "value_loss": value}, (selector + value) / parts
         else:
-            collect = layer_inputs(model) if self.stage.selector_weight else contextlib.nullcontext([])
+            kept = self.stage.selector_weight or self.stage.hidden_weight
+            collect = layer_inputs(model) if kept else contextlib.nullcontext([])
             with collect as layers:
                 if self.stage.next_token_weight:
                     loss, outputs = super().compute_loss(model, {**inputs}, True, num_items_in_batch=num_items_in_batch)
@@ -264,33 +303,43 @@ class StageTrainerMixin:
             if self.stage.next_token_weight:
                 terms["next_token_loss"] = loss.detach() * parts
             if self.teacher is not None:
-                terms["distill_loss"] = self._distill(inputs, outputs.logits)
-                total = total + self.stage.distill_weight / parts * terms["distill_loss"]
-            if layers:
+                terms |= self._distill(inputs, outputs.logits, layers if self.stage.hidden_weight else [])
+            if self.stage.selector_weight:
                 terms["selector_loss"], _ = self._selector(layers, values=False)
-                total = total + self.stage.selector_weight / parts * terms["selector_loss"]
+            for name in ("distill", "hidden", "selector"):
+                if f"{name}_loss" in terms:
+                    total = total + getattr(self.stage, f"{name}_weight") / parts * terms[f"{name}_loss"]
         for name, term in terms.items():
             self._terms.setdefault(name, []).append(term.detach())
         return (total, outputs) if return_outputs else total
 
     def _selector(self, layers, values):
         """Means of both losses over the sparse layers."""
-        tokens = layers[0].hidden_states.shape[1]
-        queries = choose_queries(layers[0].layout, tokens, self.first_query, self.stage.selector_queries)
-        losses = [selector_losses(layer, queries, self.stage.selector_target, values) for layer in layers]
+        losses = []
+        for layer in layers:
+            queries = choose_queries(layer, self.first_query, self.stage.selector_queries, _SELECTOR_DOCUMENTS)
+            losses.append(selector_losses(layer, queries, self.stage.selector_target, values, self._wrap))
         return tuple(sum(each) / len(layers) for each in zip(*losses))
 
-    def _distill(self, inputs, logits):
-        """Mean over the labelled tokens; document by document, since not every attention of a teacher knows packing."""
-        labels, total = inputs["labels"], 0.0
+    def _distill(self, inputs, logits, layers):
+        """Means over labelled tokens; document by document, since not every attention of a teacher knows packing."""
+        labels, sums, count = inputs["labels"], {}, 0
         bounds = inputs["cu_seq_lens_q"].tolist() if "cu_seq_lens_q" in inputs else [0, labels.shape[1]]
-        documents = [stop - start for start, stop in itertools.pairwise(bounds)]
-        parts = [x.split(documents, dim=1) for x in (inputs["input_ids"], logits, labels)]
-        for ids, student, own in zip(*parts):
+        for document in itertools.starmap(slice, itertools.pairwise(bounds)):
+            own = labels[:, document]
             with torch.no_grad():
-                taught = self.teacher(input_ids=ids, use_cache=False).logits
-            total = total + (own[:, 1:] != -100).sum() * distillation_loss(student, taught, own)
-        return total / (labels[:, 1:] != -100).sum().clamp(min=1)
+                taught = self.teacher(
+                    input_ids=inputs["input_ids"][:, document], use_cache=False, output_hidden_states=bool(layers)
+                )
+            terms = {"distill_loss": distillation_loss(logits[:, document], taught.logits, own, self._wrap)}
+            if layers:
+                states = [layer.residual[:, document] for layer in layers]
+                targets = [taught.hidden_states[layer.attention.layer_idx] for layer in layers]
+                terms["hidden_loss"] = hidden_state_loss(states, targets, self._wrap)
+            labelled = (own[:, 1:] != -100).sum()
+            count = count + labelled
+            sums = {name: sums.get(name, 0.0) + labelled * term for name, term in terms.items()}
+        return {name: total / count.clamp(min=1) for name, total in sums.items()}
 
     def log(self, logs, start_time=None):
         """As in Trainer, with the mean of every term since the last time, over all processes."""
