@@ -4,7 +4,8 @@
 
 `python conversion/run_experiments.py OUTPUT --data DIR` takes DIR from `build_corpus.py` (train.jsonl,
 heldout-prose.jsonl, heldout-code.jsonl; or its unpacked bundle) and the experiments from a YAML file: a mapping from
-names to recipes of `nsa finetune --recipe`, with `common: …` for what all share. The dense source is measured first.
+names to recipes of `nsa finetune --recipe`, with `common: …` for what all share. The dense source is measured first;
+a recipe with `convert: null` trains it, for a yardstick.
 OUTPUT/results.json and results.csv grow after every step; a command that is stopped goes on where it was. An experiment
 starts only while there are minutes left, and `--keep` names those whose models are kept.
 """
@@ -105,7 +106,7 @@ def run_experiments(
     def finish(name, model, about):
         began = time.monotonic()
         options = dict(evaluation or {})
-        if name == DENSE:
+        if name == DENSE or recipes[name].convert is None:
             options["parts"] = [part for part in options.get("parts", ("loss", "tasks")) if part != "diagnosis"]
         report = evaluate([model], None, texts, progress=False, **options).to_dict()
         about |= {"evaluation_minutes": (time.monotonic() - began) / 60, "report": report}

@@ -170,6 +170,24 @@ def test_hidden_states_come_closer_to_the_teachers(run, places):
     assert history[-1]["loss"] == pytest.approx(history[-1]["distill_loss"] + 5 * history[-1]["hidden_loss"], abs=1e-3)
 
 
+def test_a_dense_model_is_trained_by_the_same_loss(places, tmp_path, monkeypatch):
+    """The yardstick of an adapted model: at first it is its own teacher."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    settings = RUN | {"stage": "adapt", "teacher": str(places / "dense"), "max_steps": 3, "selector_queries": None}
+    settings |= {"full_rows": True, "learning_rate": 1e-2, "selector_weight": 0.0, "train_file": places / "text.txt"}
+    for name, extra in (("plain", {}), ("compiled", {"compile_layers": True})):
+        finetune(places / "dense", tmp_path / name, **settings, **extra)
+        first, *_, last = json.loads((tmp_path / name / "log_history.json").read_text())[:3]
+        assert first["distill_loss"] == pytest.approx(0, abs=1e-6)
+        assert last["distill_loss"] > 1e-3
+        assert "selector_loss" not in last
+    states = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("plain", "compiled")]
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-3, atol=1e-4)
+    with pytest.raises(NSAError, match="set selector_weight, hidden_weight, anneal_blocks to 0"):
+        finetune(places / "dense", tmp_path / "no", **settings | {"hidden_weight": 1.0})
+
+
 def test_a_resumed_stage_goes_on_as_if_never_stopped(places, tmp_path):
     output, whole = tmp_path / "out", tmp_path / "whole"
     settings = {**RUN, "stage": "adapt", "teacher": str(places / "dense"), "selector_queries": 16, "max_steps": 4}

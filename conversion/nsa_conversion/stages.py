@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .distill import (
     SELECTOR_TARGETS,
@@ -27,7 +28,6 @@ from .distill import (
     layer_inputs,
     selector_losses,
     selector_modules,
-    sparse_decoder_layers,
     sparse_layers,
 )
 from .errors import NSAError
@@ -177,13 +177,16 @@ def prepare_stage(network, stage: StageArguments, longest: int) -> None:
         longest: tokens of the longest document part in the training rows.
 
     Raises:
-        NSAError: a dense model, a φ without parameters, or rows in which nothing is left out.
+        NSAError: a dense model where the stage is about sparse layers, a φ without parameters, or rows in which
+            nothing is left out.
     """
     if stage.stage == "sft":
         return
     layers = sparse_layers(network)
-    if not layers:
-        raise NSAError(f"--stage {stage.stage} needs sparse layers, and this {type(network).__name__} has none")
+    sparse = {name: getattr(stage, name) for name in ("selector_weight", "hidden_weight", "anneal_blocks")}
+    if not layers and (stage.stage == "warmup" or any(sparse.values())):
+        remedy = "" if stage.stage == "warmup" else f"; set {', '.join(sparse)} to 0 to train a dense model by the rest"
+        raise NSAError(f"--stage {stage.stage} needs sparse layers, and this {type(network).__name__} has none{remedy}")
     if stage.stage == "adapt" and not stage.selector_weight:
         return
     config = layers[0].config
@@ -229,8 +232,9 @@ class StageTrainerMixin:
     def __init__(self, *args, stage: StageArguments, teacher=None, max_length: int, **kwargs):
         super().__init__(*args, **kwargs)
         self.stage, self.teacher, self.max_length = stage, teacher, max_length
-        self.config = sparse_layers(self.model)[0].config
-        self.num_blocks, self.first_query = self.config.num_selected_blocks, _first_query(self.config)
+        layers = sparse_layers(self.model)
+        self.config = layers[0].config if layers else None  # a dense model, trained like a sparse one to compare them
+        self.num_blocks = self.config.num_selected_blocks if layers else None
         self._terms: dict[str, list] = {}
         self._wrap = functools.cache(torch.compile) if stage.compile_layers else lambda function: function
 
@@ -257,7 +261,8 @@ class StageTrainerMixin:
 
     @contextlib.contextmanager
     def _compiled(self) -> Iterator[None]:
-        layers = sparse_decoder_layers(self.model) if self.stage.compile_layers else []
+        compiled = self.model.modules() if self.stage.compile_layers else ()
+        layers = [module for module in compiled if isinstance(module, GradientCheckpointingLayer)]
         for layer in layers:
             layer.forward = self._wrap(layer.forward)
         try:
@@ -275,7 +280,8 @@ class StageTrainerMixin:
         try:
             yield
         finally:
-            self.config.num_selected_blocks = self.num_blocks
+            if self.stage.anneal_blocks:
+                self.config.num_selected_blocks = self.num_blocks
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The stage's loss in training, the next token's in evaluation."""
@@ -317,7 +323,7 @@ class StageTrainerMixin:
         """Means of both losses over the sparse layers."""
         losses = []
         for layer in layers:
-            queries = choose_queries(layer, self.first_query, self.stage.selector_queries, _SELECTOR_DOCUMENTS)
+            queries = choose_queries(layer, _first_query(self.config), self.stage.selector_queries, _SELECTOR_DOCUMENTS)
             losses.append(selector_losses(layer, queries, self.stage.selector_target, values, self._wrap))
         return tuple(sum(each) / len(layers) for each in zip(*losses))
 
