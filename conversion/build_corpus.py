@@ -476,14 +476,21 @@ def _encoder(tokenizer):
     return encode
 
 
-def _balanced(train: Sequence[Document], tokens: dict[str, int], budget: int, chat_share: float) -> list[Document]:
-    """A part of about `budget` tokens: half prose and half code beside `chat_share` of chat, in training order."""
+def _balanced(
+    train: Sequence[Document], tokens: dict[str, int], budget: int, chat_share: float, row: int
+) -> list[Document]:
+    """Documents of at least `row` tokens, in training order.
+
+    Their whole rows have about `budget` tokens: half prose and half code beside `chat_share` of chat, if there is so
+    much.
+    """
     left = {"chat": budget * chat_share}
     left["prose"] = left["code"] = budget * (1 - chat_share) / 2
     chosen = []
     for document in train:
-        if left[document.domain] > 0:
-            left[document.domain] -= tokens[document.name]
+        count = tokens[document.name] // row * row
+        if count and left[document.domain] > 0:
+            left[document.domain] -= count
             chosen.append(document)
     return chosen
 
@@ -496,7 +503,7 @@ def build(
     model: str | Path | None = None,
     held_out: int = 80,
     held_out_tokens: int = HELD_OUT_TOKENS,
-    bundle_tokens: int = 20_000_000,
+    bundle_tokens: int = 30_000_000,
     chat_share: float = 0.1,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -508,8 +515,8 @@ def build(
         sources: what to read.
         model: whose tokenizer counts; default SmolLM2-135M-Instruct.
         held_out, held_out_tokens: documents of prose and of code, and their tokens.
-        bundle_tokens: tokens of bundle.tar.xz, a balanced part of the training text with all held-out documents; 0
-            leaves it out.
+        bundle_tokens: tokens of bundle.tar.xz, with all held-out documents and a balanced part of the training text:
+            long documents, for rows of `held_out_tokens`. 0 leaves it out.
         chat_share: of the bundle.
         progress: print what is done.
 
@@ -566,7 +573,7 @@ def build(
         for name, content in files.items():
             manifest["files"][name] = _write(staging / name, content)
         if bundle_tokens:
-            part = _balanced(train, tokens, bundle_tokens, chat_share)
+            part = _balanced(train, tokens, bundle_tokens, chat_share, held_out_tokens)
             manifest["bundle_train_tokens"] = {
                 domain: sum(tokens[each.name] for each in part if each.domain == domain) for domain in DOMAINS
             }
@@ -615,7 +622,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--held-out-tokens", type=int, default=HELD_OUT_TOKENS, help="tokens of each (default: %(default)s)"
     )
     parser.add_argument(
-        "--bundle-tokens", type=int, default=20_000_000, help="of bundle.tar.xz; 0: none (default: %(default)s)"
+        "--bundle-tokens", type=int, default=30_000_000, help="of bundle.tar.xz; 0: none (default: %(default)s)"
     )
     args = parser.parse_args(argv)
     try:

@@ -83,6 +83,14 @@ def test_documents_are_divided_without_overlap_and_always_alike(corpus, packages
     assert (other / "bundle.tar.xz").read_bytes() == (output / "bundle.tar.xz").read_bytes()
 
 
+def test_the_bundle_is_balanced_by_whole_rows(corpus):
+    lengths = [("code", 25), ("code", 9), ("prose", 19), ("code", 31), ("prose", 40), ("chat", 12), ("code", 70)]
+    train = [corpus.Document(domain, "p", str(length), "") for domain, length in lengths]
+    tokens = {name: int(name) for _, _, name, _ in train}
+    chosen = corpus._balanced(train, tokens, 50, 0.1, 10)
+    assert [each.name for each in chosen] == ["25", "19", "31", "40", "12"]
+
+
 def test_a_training_document_that_shares_passages_is_left_out(corpus):
     def document(name, text):
         return corpus.Document("prose", "p", name, text)

@@ -24,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .compressed import head_dims, strides, visible_blocks
 from .library import define
-from .selection import fold_sizes, fold_tile
+from .selection import fold, fold_sizes
 from .triton_common import (
     LOG2E,
     NEGATIVE,
@@ -144,10 +144,10 @@ def _compute(
     config, config_single = (
         _config(q.get_device(), q.dtype, D, DV, G, tile["BLOCK_M"], *blocks) for tile in (rows, single)
     )
-    fold = fold_sizes(compress_block_size, compress_stride, select_block_size, narrowest=config["BLOCK_N"])
+    sizes = fold_sizes(*blocks, narrowest=config["BLOCK_N"], halo_in_tile=False)
     S = cdiv(k.shape[1], select_block_size)
     padded = 16 * cdiv(S, 16)  # rows start where 16-byte loads can
-    tiles = cdiv(S, fold["OUT"])
+    tiles = cdiv(S, sizes["OUT"])
     query_tiles = cdiv(T, rows["TILE"])
     window_tiles = cdiv(min(window_size - 1 + T, k_win.shape[1]), config["BLOCK_N"])
     chosen_tiles = cdiv(num_selected_blocks * select_block_size, config["BLOCK_N"])
@@ -160,8 +160,9 @@ def _compute(
 
     floats = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     lse, parts = floats(B, T, HQ, all_splits), floats(B, T, HQ, all_splits, DV)
-    # every head's importances, each tile of them relative to its peak
-    imp, peak, joined = floats(B, T, HQ, padded), floats(B, T, HQ, tiles), floats(B, T, H, padded)
+    # every head's importances, each tile of them relative to its peak, and what a tile adds to those of the next
+    imp, joined = floats(B, T, HQ, padded), floats(B, T, H, padded)
+    peak, spill = floats(B, T, HQ, tiles), floats(B, T, HQ, tiles, sizes["HALO"])
 
     by_tensor = q_offset_tensor is not None
     where = {
@@ -175,24 +176,25 @@ def _compute(
     }
     shapes = {"G": G, **head_dims(q, "D"), **head_dims(v, "DV"), "PRECISION": precision(q.dtype), "scale": scale}
     shapes["enable_fp_fusion"] = True
-    compression = {"SIZE": compress_block_size, "STRIDE": compress_stride, "RATIO": fold["RATIO"], "OUT": fold["OUT"]}
+    compression = {"SIZE": compress_block_size, "STRIDE": compress_stride}
+    compression |= {name: sizes[name] for name in ("RATIO", "HALO", "OUT")}
     forced = {"N": num_selected_blocks, "INITIAL": num_initial_blocks, "LOCAL": num_local_blocks}
     free = num_selected_blocks - num_initial_blocks - num_local_blocks
     counts = {"C": k_cmp.shape[1], "S": padded, "tiles": tiles, "splits": splits, "all_splits": all_splits}
     chained = {"PDL": _overlaps(q.device), "launch_pdl": _overlaps(q.device)}
 
     _partial_kernel[(H * rows["GROUPS"] * query_tiles, B, first_splits)](
-        q, k_cmp, v_cmp, k_win, v_win, parts, lse, imp, peak, *strides(q, k_cmp, v_cmp, k_win, v_win),
+        q, k_cmp, v_cmp, k_win, v_win, parts, lse, imp, peak, spill, *strides(q, k_cmp, v_cmp, k_win, v_win),
         TW=k_win.shape[1], query_tiles=query_tiles, **counts, **where, **shapes, **compression, **rows,
-        COLUMNS=fold["COLUMNS"], HALO=fold["HALO"], W=window_size, RING=window_ring, FOLD=free > 0,
-        **{**config, "BLOCK_N": fold["BLOCK_N"]}, PDL=_overlaps(q.device),
+        COLUMNS=sizes["COLUMNS"], W=window_size, RING=window_ring, FOLD=free > 0,
+        **{**config, "BLOCK_N": sizes["BLOCK_N"]}, PDL=_overlaps(q.device),
     )  # fmt: skip
     heads, kept = next_power_of_2(G), next_power_of_2(max(1, free))
     width = max(kept, min(_MAX_WIDTH, 128 if S <= 128 else 1024))
     joining = max(16, min(width, _JOINED // heads))
     keys = torch.empty(B, T, H, 2 * width, dtype=torch.int64, device=q.device)
     _merge_kernel[(T, H, B)](
-        lse, imp, peak, joined, keys, block_indices, **counts, **where, **compression, **forced,
+        lse, imp, peak, spill, joined, keys, block_indices, **counts, **where, **compression, **forced,
         BLOCKS=select_block_size, G=G, HEADS=heads, SPLITS=next_power_of_2(splits), JOINED=joining, WIDTH=width,
         KEPT=kept, WIDTH_OUT=next_power_of_2(num_selected_blocks), num_warps=_MERGE_WARPS, enable_fp_fusion=True,
         **chained,
@@ -314,7 +316,7 @@ def _store_split(o_ptr, lse_ptr, row, used, m_log2, z, acc_1, acc_2, DV: tl.cons
 
 @triton.jit(do_not_specialize=_VARYING)
 def _partial_kernel(
-    q_ptr, k_cmp_ptr, v_cmp_ptr, k_win_ptr, v_win_ptr, o_ptr, lse_ptr, imp_ptr, peak_ptr,
+    q_ptr, k_cmp_ptr, v_cmp_ptr, k_win_ptr, v_win_ptr, o_ptr, lse_ptr, imp_ptr, peak_ptr, spill_ptr,
     stride_qb, stride_qt, stride_qh, stride_kcb, stride_kct, stride_kch, stride_vcb, stride_vct, stride_vch,
     stride_kwb, stride_kwt, stride_kwh, stride_vwb, stride_vwt, stride_vwh,
     q_offset, leftpad_ptr, stride_offset, T, HQ, C, TW, S, tiles, splits, all_splits, query_tiles, scale,
@@ -327,8 +329,8 @@ def _partial_kernel(
     """Attention of a tile of queries to a share of the compressed blocks, with their importances, or of the window.
 
     Column c of a tile of compressed blocks is block RATIO · j + c % COLUMNS of selectable block j = j0 + c // COLUMNS;
-    the first HALO selectable blocks only lend their compressed blocks to the importances of the ones after them.
-    Peaks are whole numbers, so that equal scores stay equal in the importances of different tiles.
+    what they add to the importances of the HALO selectable blocks behind the tile is noted apart. Peaks are whole
+    numbers, so that equal scores stay equal in the importances of different tiles.
 
     Grid: (H * GROUPS * query_tiles, B, splits + splits of the window), the long shares first.
     """
@@ -358,22 +360,31 @@ def _partial_kernel(
         k_ptrs = k_cmp_ptr + i_b * stride_kcb + i_h * stride_kch
         v_ptrs = v_cmp_ptr + i_b * stride_vcb + i_h * stride_vch
         for i_keys in range(i_split * share, tl.minimum((i_split + 1) * share, live)):
-            j0 = i_keys * OUT - HALO
+            j0 = i_keys * OUT
             offs_key = (j0 + offs_n // COLUMNS) * RATIO + offs_n % COLUMNS
-            mask_key = (offs_key >= 0) & (offs_key < blocks) & (offs_n % COLUMNS < RATIO)
-            own = offs_n >= HALO * COLUMNS
+            mask_key = (offs_key < blocks) & (offs_n % COLUMNS < RATIO)
             k_1, k_2 = load_pair(k_ptrs + offs_key.to(tl.int64) * stride_kct, mask_key, D, D1, D2, True)
-            v_1, v_2 = load_pair(v_ptrs + offs_key.to(tl.int64) * stride_vct, mask_key & own, DV, DV1, DV2, True)
+            v_1, v_2 = load_pair(v_ptrs + offs_key.to(tl.int64) * stride_vct, mask_key, DV, DV1, DV2, True)
             s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION) * scale_log2
             s = tl.where(mask_key[None, :] & (offs_key[None, :] < n_visible[:, None]), s, float("-inf"))
             m_new = tl.maximum(m, tl.ceil(tl.max(s, 1)))
             p = tl.exp2(s - m_new[:, None])
             if FOLD:
-                imp = fold_tile(p, RATIO, COLUMNS, HALO, SIZE // STRIDE)
-                mask_j = (offs_j >= HALO) & (offs_j < HALO + OUT) & (j0 + offs_j < S)
-                tl.store(imp_ptr + row[:, None] * S + (j0 + offs_j)[None, :], imp, mask=used[:, None] & mask_j[None, :])
-                tl.store(peak_ptr + row * tiles + i_keys, m_new, mask=used)
-            p = tl.where(own[None, :], p, 0.0)
+                i_row = row * tiles + i_keys
+                imp = fold(p, 0, RATIO, COLUMNS, SIZE // STRIDE)
+                for shift in tl.static_range(1, HALO + 1):
+                    before = fold(p, shift, RATIO, COLUMNS, SIZE // STRIDE)
+                    index = tl.broadcast_to(tl.maximum(offs_j - shift, 0)[None, :], before.shape)
+                    imp += tl.where((offs_j >= shift)[None, :], tl.gather(before, index, 1), 0.0)
+                for behind in tl.static_range(HALO):
+                    spilled = tl.zeros([BLOCK_M], dtype=tl.float32)
+                    for shift in tl.static_range(behind + 1, HALO + 1):
+                        before = fold(p, shift, RATIO, COLUMNS, SIZE // STRIDE)
+                        spilled += tl.sum(tl.where((offs_j == OUT + behind - shift)[None, :], before, 0.0), 1)
+                    tl.store(spill_ptr + i_row * HALO + behind, spilled, mask=used)
+                mask_j = used[:, None] & (j0 + offs_j < S)[None, :]
+                tl.store(imp_ptr + row[:, None] * S + (j0 + offs_j)[None, :], imp, mask=mask_j)
+                tl.store(peak_ptr + i_row, m_new, mask=used)
             alpha = tl.exp2(m - m_new)
             z = z * alpha + tl.sum(p, 1)
             acc_1 = acc_1 * alpha[:, None]
@@ -405,12 +416,12 @@ def _partial_kernel(
 
 @triton.jit(do_not_specialize=_VARYING)
 def _merge_kernel(
-    lse_ptr, imp_ptr, peak_ptr, joined_ptr, keys_ptr, out_ptr,
+    lse_ptr, imp_ptr, peak_ptr, spill_ptr, joined_ptr, keys_ptr, out_ptr,
     q_offset, leftpad_ptr, stride_offset, T, HQ, C, S, tiles, splits, all_splits,
     OFFSET: tl.constexpr, LEFTPAD: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr,
-    OUT: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
-    G: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr, JOINED: tl.constexpr, WIDTH: tl.constexpr,
-    KEPT: tl.constexpr, WIDTH_OUT: tl.constexpr, PDL: tl.constexpr,
+    HALO: tl.constexpr, OUT: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr, JOINED: tl.constexpr,
+    WIDTH: tl.constexpr, KEPT: tl.constexpr, WIDTH_OUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Block indices of a query: the forced blocks, and those of the highest importance, summed over splits and heads.
 
@@ -455,14 +466,21 @@ def _merge_kernel(
         i_head = offs // JOINED
         imp_ptr += row * S
         peak_ptr += row * tiles
+        spill_ptr += row * tiles * HALO
         for j0 in range(0, stop, JOINED):
             offs_j = j0 + offs % JOINED
             mask = (i_head < G) & (offs_j < known)
             imp = tl.reshape(tl.load(imp_ptr + i_head * S + offs_j, mask=mask, other=0.0), [HEADS, JOINED])
-            peak = tl.load(peak_ptr + i_head * tiles + offs_j // OUT, mask=mask, other=NEGATIVE)
-            factor = tl.exp2(tl.reshape(peak, [HEADS, JOINED]) - whole[:, None]) * rest[:, None]
+            i_tile = i_head * tiles + offs_j // OUT
+            peak = tl.reshape(tl.load(peak_ptr + i_tile, mask=mask, other=NEGATIVE), [HEADS, JOINED])
+            total = imp * tl.exp2(peak - whole[:, None])
+            if HALO > 0:
+                mask &= (offs_j % OUT < HALO) & (offs_j >= OUT)
+                peak = tl.reshape(tl.load(peak_ptr + i_tile - 1, mask=mask, other=NEGATIVE), [HEADS, JOINED])
+                spill = tl.load(spill_ptr + (i_tile - 1) * HALO + offs_j % OUT, mask=mask, other=0.0)
+                total += tl.reshape(spill, [HEADS, JOINED]) * tl.exp2(peak - whole[:, None])
             offs_j = j0 + tl.arange(0, JOINED)
-            tl.store(joined_ptr + offs_j, tl.sum(imp * factor, 0), mask=offs_j < stop)
+            tl.store(joined_ptr + offs_j, tl.sum(total * rest[:, None], 0), mask=offs_j < stop)
 
         best = tl.zeros([KEPT], dtype=tl.int64)
         for j0 in range(0, stop, WIDTH):
