@@ -5,9 +5,9 @@
 `python conversion/run_experiments.py OUTPUT --data DIR` takes DIR from `build_corpus.py` (train.jsonl,
 heldout-prose.jsonl, heldout-code.jsonl; or its unpacked bundle) and the experiments from a YAML file: a mapping from
 names to recipes of `nsa finetune --recipe`, with `common: …` for what all share. The dense source is measured first;
-a recipe with `convert: null` trains it, for a yardstick.
-OUTPUT/results.json and results.csv grow after every step; a command that is stopped goes on where it was. An experiment
-starts only while there are minutes left, and `--keep` names those whose models are kept.
+a recipe with `convert: null` trains it, for a yardstick. OUTPUT/results.json and results.csv grow after every step; a
+command that is stopped goes on where it was. An experiment starts only while there are minutes left, and `--keep` names
+those whose models are kept.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from nsa_conversion import NSAError, evaluate, smollm2_gguf
 from nsa_conversion.data import read_files
@@ -34,7 +35,8 @@ from nsa_conversion.recipe import Recipe, load_yaml, run_recipe
 __all__ = ["main", "read_experiments", "run_experiments"]
 
 DENSE = "dense"
-COLUMNS = ("experiment", "text", "measure", "value", "low", "high", "tokens", "minutes", "tokens_per_second", "time")
+COLUMNS = ("experiment", "text", "measure", "value", "low", "high", "tokens", "minutes", "tokens_per_second")
+MACHINE = ("device", "torch", "transformers", "time")
 # Characters of a training token, generously: what is read of train.jsonl for a budget of tokens.
 CHARACTERS_PER_TOKEN = 6
 
@@ -110,14 +112,14 @@ def run_experiments(
             options["parts"] = [part for part in options.get("parts", ("loss", "tasks")) if part != "diagnosis"]
         report = evaluate([model], None, texts, progress=False, **options).to_dict()
         about |= {"evaluation_minutes": (time.monotonic() - began) / 60, "report": report}
-        about["time"] = datetime.now(UTC).isoformat(timespec="seconds")
+        about |= _machine()
         results[name] = about
         beside = place.with_suffix(".tmp")
         beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         beside.replace(place)
         rows = list(_rows(results))
         with (output / "results.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, (*COLUMNS, *MACHINE))
             writer.writeheader()
             writer.writerows(rows)
         say(f"{name}: evaluated in {about['evaluation_minutes']:.1f} min; {_summary(rows, name)}")
@@ -163,6 +165,13 @@ def run_experiments(
         raise NSAError(f"these experiments failed, as said above: {', '.join(failed)}; the others are in {place}")
     say("done")
     return results
+
+
+def _machine() -> dict[str, str]:
+    """The columns of `MACHINE`."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return dict(zip(MACHINE, (device, torch.__version__, transformers.__version__, now), strict=True))
 
 
 def _training_tokens(recipe: Recipe, settings: Mapping[str, Any]) -> int:
@@ -213,7 +222,7 @@ def _rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             "minutes": round(about.get("minutes", 0.0), 2),
             "tokens": about.get("training_tokens", 0),
             "tokens_per_second": round(about.get("tokens_per_second", 0.0)),
-            "time": about["time"],
+            **{column: about.get(column) for column in MACHINE},
         }
         report = about["report"]
         (label,) = report["models"]
