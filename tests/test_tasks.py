@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import re
 
+import random
+
 import pytest
 import tiny_nsa
 import torch
@@ -51,6 +53,16 @@ def test_prompts_fit_and_repeat(tokenizer, material, name):
         assert "<|assistant|>" in text
         assert bool(trial.answers) != bool(trial.contests)
         assert all(answer in text for answer in trial.answers)
+
+
+@pytest.mark.parametrize(("name", "hidden"), [("passkey_choice", False), ("multikey_choice", True)])
+def test_wrong_numbers_are_those_of_the_other_needles_where_there_are_some(material, name, hidden):
+    draft = TASKS[name].draft(random.Random(0), material, 0.5)
+    text = " ".join(text for _, text in draft.needles)
+    (wrong,) = draft.wrong
+    assert draft.answers[0].strip() in text
+    assert len({*wrong, *draft.answers}) == 4
+    assert [number.strip() in text for number in wrong] == [hidden] * 3
 
 
 def test_a_tokenizer_without_chat_template_gets_plain_text(tmp_path, material):

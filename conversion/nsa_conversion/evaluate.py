@@ -450,7 +450,7 @@ def _parser() -> Parser:
     tasks.add_argument(
         "--task-lengths", type=int, nargs="+", metavar="N", help="tokens of a prompt (default: 1024 4096)"
     )
-    tasks.add_argument("--depths", type=int, help="needle depths of passkey and needle (default: %(default)s)")
+    tasks.add_argument("--depths", type=int, help="depths in tasks of one needle (default: %(default)s)")
     tasks.add_argument("--trials", type=int, help="prompts per task, length and depth (default: %(default)s)")
     tasks.add_argument("--haystack", metavar="FILE", help="text that facts are hidden in (default: the built-in text)")
     tasks.add_argument("--batch-size", type=int, help="prompts per forward pass (default: %(default)s)")

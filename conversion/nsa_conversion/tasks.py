@@ -203,6 +203,21 @@ def _needles(keys: int, values: int, asked: int) -> Callable[[random.Random, Mat
     return draft
 
 
+def _choice(hidden: Callable[[random.Random, Material, float], Draft]) -> Callable[..., Draft]:
+    """The same number, to be chosen among those of the other needles, or others where there are none."""
+
+    def draft(rng, material, depth):
+        whole = hidden(rng, material, depth)
+        (right,) = whole.answers
+        found = re.findall(r"\d{5}", " ".join(text for _, text in whole.needles))
+        wrong = dict.fromkeys(number for number in [*found, *_numbers(rng, WRONG_ANSWERS + 1)] if number != right)
+        return whole._replace(
+            answers=[_after(0, right)], wrong=[[_after(0, number) for number in list(wrong)[:WRONG_ANSWERS]]]
+        )
+
+    return draft
+
+
 def _variable_tracking(rng: random.Random, material: Material, depth: float) -> Draft:
     names = _batches(rng.sample(material.words, CHAINS * HOPS), HOPS)
     numbers = _numbers(rng, CHAINS)
@@ -326,6 +341,17 @@ TASKS: dict[str, Task] = {
         False,
         f"the values of {RECALL_PAIRS} keys (multi-query associative recall)",
     ),
+}
+# What a model can tell from wrong numbers long before, or further back than, it can write it.
+TASKS |= {
+    f"{name}_choice": Task(
+        _choice(TASKS[name].draft), 1 / (1 + WRONG_ANSWERS), TASKS[name].by_depth, f"{about}, chosen"
+    )
+    for name, about in {
+        "passkey": "the pass key among other numbers",
+        "needle": "the magic number among other numbers",
+        "multikey": "the number of one of 4 words among those of the others",
+    }.items()
 }
 
 
