@@ -1,8 +1,7 @@
 # Copyright 2026 The NSA for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-import re
-
 import random
+import re
 
 import pytest
 import tiny_nsa
