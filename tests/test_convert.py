@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -253,6 +254,16 @@ def test_a_source_without_tokenizer_converts(tmp_path):
     report = run(source, tmp_path / "nsa")
     assert not report.tokenizer
     assert "no tokenizer" in str(report)
+
+
+def test_without_gate_scales_all_branches_start_half_open(tmp_path, llama):
+    report = run(llama, tmp_path / "nsa", gate_scale=False, compress_type="mlp")
+    assert report.plan.exact_tokens == 0
+    assert "equal to the source    nowhere" in re.sub(" {2,}", "    ", str(report.plan))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "nsa")
+    outputs = model(torch.arange(5)[None], output_gates=True)
+    assert all((gates == 0.5).all() for gates in outputs.gates)
+    assert convert_module.main([str(llama), "--no-gate-scale", "--dry-run"]) == 0
 
 
 def test_provenance_is_recorded(tmp_path, llama):

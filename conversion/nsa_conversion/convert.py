@@ -6,6 +6,7 @@ Weights are streamed: one source file is open and at most one output file is in 
 `DEST.partial-<pid>` and renamed at the end, so DEST is either whole or not there.
 """
 
+import argparse
 import contextlib
 import errno
 import json
@@ -48,6 +49,7 @@ NSA_SETTINGS = {
     "window_size": (int, "w: tokens of the window branch"),
     "shared_kv": (bool, "one K/V pair for the three branches instead of one each"),
     "gate_hidden_size": (int, "hidden size of the gates' MLP (2·head_dim if not given)"),
+    "gate_scale": (bool, "scale the gates so that the start is exact (default); without, all are 1/2 at the start"),
     "nsa_backend": (("auto", "triton", "reference"), "implementation of the sparse layers"),
 }
 # what a converted model takes over from its source
@@ -171,7 +173,7 @@ def prepare(
             source_config, full_attention_layers=full_attention_layers or (), convert_sliding=convert_sliding
         )
         try:
-            return NSAConfig(**backbone | changes, **nsa_settings, gate_scale=True)
+            return NSAConfig(**backbone | changes, **{"gate_scale": True} | nsa_settings)
         except (ValueError, StrictDataclassError) as error:  # the latter wraps the error that says what is wrong
             raise NSAError(str(error.__cause__ or error)) from error
 
@@ -467,7 +469,10 @@ class _Writer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed * 100_003 + layer)
             for child in NEW_PARAMETERS:  # only these are allocated; the copied projections stay on meta
-                module = attention.get_submodule(child.rstrip(".")).to_empty(device="cpu")
+                module = getattr(attention, child.rstrip("."))
+                if module is None:  # no gate scales
+                    continue
+                module = module.to_empty(device="cpu")
                 for parameter in module.parameters():
                     torch.nn.init.constant_(parameter, float("nan"))
                 init_nsa_parameters(module, self.config.initializer_range)
@@ -531,7 +536,7 @@ def _provenance(prepared, seed, writer):
             "sha256": source.sha256(),
             "keys_left_out": sorted(prepared.ignored),
         },
-        "nsa": {name: getattr(config, name) for name in (*NSA_SETTINGS, "gate_scale")},
+        "nsa": {name: getattr(config, name) for name in NSA_SETTINGS},
         "layer_types": list(config.layer_types),
         "dtype": prepared.dtype,
         "seed": seed,
@@ -558,7 +563,7 @@ def _parser():
     for name, (kind, text) in NSA_SETTINGS.items():
         flag = "--" + name.replace("_", "-")
         if kind is bool:
-            sizes.add_argument(flag, action="store_true", default=None, help=text)
+            sizes.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         elif isinstance(kind, tuple):
             sizes.add_argument(flag, choices=kind, help=text)
         else:

@@ -21,7 +21,7 @@ class Plan:
         model_type (str): of the source.
         layers (dict[str, int]): number of converted layers of each type.
         dtype (str): of the converted weights.
-        exact_tokens (int): up to this length the converted model's logits equal the source's.
+        exact_tokens (int): up to this length the converted model's logits equal the source's; 0 without `gate_scale`.
         source_parameters (int): in the dense model.
         copied_parameters (int): K, V projections and norms copied to the further branches.
         new_parameters (int): compression, gates and their scales, initialised by rule.
@@ -72,7 +72,7 @@ class Plan:
             ["source", f"{self.source} ({self.model_type}, {self.dtype})"],
             ["layers", layers],
             *(["" if i else "NSA settings", ", ".join(settings[i : i + 3])] for i in range(0, len(settings), 3)),
-            ["equal to the source", f"up to {self.exact_tokens:,} tokens"],
+            ["equal to the source", f"up to {self.exact_tokens:,} tokens" if self.exact_tokens else "nowhere"],
             ["parameters, source", f"{self.source_parameters:,}"],
             ["  copied to further branches", f"{self.copied_parameters:,}"],
             ["  new", f"{self.new_parameters:,}"],
@@ -275,6 +275,7 @@ def plan_for(source, config, dtype: str, lengths=LENGTHS) -> Plan:
     window = getattr(source.config, "sliding_window", None)
     windows = [window if kind == "sliding_attention" else None for kind in source_layer_types(source.config)]
     exact = min(config.num_selected_blocks * config.select_block_size, changed_window(source.config, kinds))
+    exact = exact if config.gate_scale else 0
     head_flops = 2 * config.num_attention_heads * (config.head_dim + _value_dim(config))
     dense_flops = [
         head_flops * sum(_window_pairs(tokens, _sliding_window(window, tokens)) for window in windows)
