@@ -23,14 +23,15 @@ def make(shape, block_size, hidden=6, dtype=torch.float64):
     def draw(*shape):
         return torch.randn(shape, dtype=dtype, device=DEVICE, generator=generator).requires_grad_()
 
-    D = shape[-1]
-    return draw(*shape), [draw(block_size, D), draw(hidden, block_size * D), draw(hidden), draw(D, hidden), draw(D)]
+    D, x = shape[-1], draw(*shape)
+    mlp = [x, draw(block_size, D), draw(hidden, block_size * D), draw(hidden), draw(D, hidden), draw(D)]
+    pool = [x, draw(*shape), draw(block_size), draw(hidden, D), draw(hidden), draw(hidden)]
+    return {"compress_mean": [x], "compress_mlp": mlp, "compress_pool": pool}
 
 
 def check(shape, block_size, stride, **where):
-    x, phi = make(shape, block_size)
     sizes = {"compress_block_size": block_size, "compress_stride": stride}
-    for name, inputs in (("compress_mean", [x]), ("compress_mlp", [x, *phi])):
+    for name, inputs in make(shape, block_size).items():
         want = getattr(reference, name)(*inputs, **sizes, **where)
         got = getattr(compression, name)(*inputs, **sizes, **where)
         torch.testing.assert_close(got, want)
@@ -64,11 +65,9 @@ def test_packed_sequences(lengths):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_no_worse_than_the_reference_on_a_gpu(dtype):
     """Against float64, each in its own dtype: within twice the error of the reference."""
-    x, phi = make((1, 5000, 4, 64), 32, hidden=128, dtype=torch.float32)
-    phi = [parameter.detach() / parameter.shape[-1] ** 0.5 for parameter in phi]
-    inputs = [x.detach(), *phi]
     sizes = {"compress_block_size": 32, "compress_stride": 16}
-    for name, arguments in (("compress_mean", inputs[:1]), ("compress_mlp", inputs)):
+    for name, arguments in make((1, 5000, 4, 64), 32, hidden=128, dtype=torch.float32).items():
+        arguments = [y.detach() / (1.0 if y.dim() == 4 else y.shape[-1] ** 0.5) for y in arguments]
         low = [y.to(dtype) for y in arguments]
         exact = getattr(reference, name)(*(y.double() for y in low), **sizes)
         errors = [
@@ -76,3 +75,21 @@ def test_no_worse_than_the_reference_on_a_gpu(dtype):
             for module in (compression, reference)
         ]
         assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps, (name, errors)
+
+
+def test_tables_of_packed_sequences_follow_changes_in_place():
+    cu_seqlens = torch.tensor([0, 40, 64], dtype=torch.int32, device=DEVICE)
+    check((64, 3, 5), 8, 4, cu_seqlens=cu_seqlens)
+    check((64, 3, 5), 8, 4, cu_seqlens=cu_seqlens)
+    assert len(compression._PACKED[cu_seqlens]) == 1
+    cu_seqlens[1] = 20
+    check((64, 3, 5), 8, 4, cu_seqlens=cu_seqlens)
+    with torch.inference_mode():
+        inputs = make((64, 3, 5), 8)["compress_mean"]
+        where = {"compress_block_size": 8, "compress_stride": 4, "cu_seqlens": cu_seqlens.clone()}
+        torch.testing.assert_close(
+            compression.compress_mean(*inputs, **where), reference.compress_mean(*inputs, **where)
+        )
+    held = len(compression._PACKED)
+    del cu_seqlens
+    assert len(compression._PACKED) == held - 1

@@ -8,8 +8,8 @@ Every operation has the signature and meaning of its namesake in `reference.py`,
 - `"reference"`: pure PyTorch, on any device.
 - `"triton"`: the Triton kernels; an error where they cannot run, never a silent fallback.
 
-`compress_pool`, `importance`, `topn_blocks` and `gated_sum` have one implementation that runs anywhere. Of
-`compress_mean` and `compress_mlp`, "triton" stands for a faster one in plain PyTorch.
+`importance`, `topn_blocks` and `gated_sum` have one implementation that runs anywhere. Of `compress_mean`,
+`compress_mlp` and `compress_pool`, "triton" stands for a faster one in plain PyTorch.
 """
 
 import functools
@@ -44,6 +44,7 @@ BACKENDS = ("auto", "triton", "reference")
 _TRITON_OPERATIONS = (
     "compress_mean",
     "compress_mlp",
+    "compress_pool",
     "compressed_attention",
     "nsa_attention",
     "select_blocks",
@@ -137,15 +138,15 @@ def _triton(name):
     # imported on first use: importing this package never imports triton
     from .attention import nsa_attention
     from .compressed import compressed_attention
-    from .compression import compress_mean, compress_mlp
+    from .compression import compress_mean, compress_mlp, compress_pool
     from .decode import decode_attention
     from .selected import selected_attention
     from .selection import select_blocks
     from .window import window_attention
 
     operations = (
-        compress_mean, compress_mlp, compressed_attention, decode_attention, nsa_attention, select_blocks,
-        selected_attention, window_attention,
+        compress_mean, compress_mlp, compress_pool, compressed_attention, decode_attention, nsa_attention,
+        select_blocks, selected_attention, window_attention,
     )  # fmt: skip
     return {operation.__name__: operation for operation in operations}[name]
 
