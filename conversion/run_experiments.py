@@ -5,9 +5,9 @@
 `python conversion/run_experiments.py OUTPUT --data DIR` takes DIR from `build_corpus.py` (train.jsonl,
 heldout-prose.jsonl, heldout-code.jsonl; or its unpacked bundle) and the experiments from a YAML file: a mapping from
 names to recipes of `nsa finetune --recipe`, with `common: …` for what all share. The dense source is measured first;
-a recipe with `convert: null` trains it, for a yardstick. OUTPUT/results.json and results.csv grow after every step; a
-command that is stopped goes on where it was. An experiment starts only while there are minutes left, and `--keep` names
-those whose models are kept.
+a recipe with `convert: null` trains it, for a yardstick. OUTPUT/results.json, results.csv and results.png grow after
+every step; a command that is stopped goes on where it was. An experiment starts only while there are minutes left, and
+`--keep` names those whose models are kept.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import transformers
 from nsa_conversion import NSAError, evaluate, smollm2_gguf
 from nsa_conversion.data import read_files
 from nsa_conversion.loss import PositionBucket, difference_interval
+from nsa_conversion.plots import plot_bars
 from nsa_conversion.recipe import Recipe, load_yaml, run_recipe
 
 __all__ = ["main", "read_experiments", "run_experiments"]
@@ -122,6 +123,7 @@ def run_experiments(
             writer = csv.DictWriter(file, (*COLUMNS, *MACHINE))
             writer.writeheader()
             writer.writerows(rows)
+        _plot(rows, output / "results.png")
         say(f"{name}: evaluated in {about['evaluation_minutes']:.1f} min; {_summary(rows, name)}")
 
     if DENSE not in results:
@@ -261,6 +263,21 @@ def _summary(rows: Sequence[Mapping[str, Any]], name: str) -> str:
     shown = [row for row in rows if row["experiment"] == name and row["measure"].startswith(prefix)]
     last = {row["text"]: row for row in shown}
     return ", ".join(f"{text} {row['measure']}: {row['value']:+.4f}" for text, row in last.items())
+
+
+def _plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Loss above the source's at the last positions, a bar per experiment and text."""
+    found = [row for row in rows if row["measure"].startswith("loss - dense ")]
+    if not found:
+        return
+    last = found[-1]["measure"]
+    series: dict[str, list[float]] = {}
+    for row in found:
+        if row["measure"] == last:
+            series.setdefault(row["text"], []).append(row["value"])
+    names = list(dict.fromkeys(row["experiment"] for row in found))
+    where = f"Positions {last.removeprefix('loss - dense ')} of held-out texts"
+    plot_bars(series, names, path, where, "loss above the source's (nats per token)", limits=None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

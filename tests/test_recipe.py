@@ -121,6 +121,8 @@ def test_experiments_in_one_command(run_experiments, dense, tmp_path, capsys, mo
     assert (tmp_path / "out" / "warm" / "warm" / "model.safetensors").exists()
     assert not (tmp_path / "out" / "untrained").exists()
     rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    assert {row["device"] for row in rows} == {"CPU"}
+    assert (tmp_path / "out" / "results.png").stat().st_size > 10_000
     differences = [row for row in rows if row["measure"].startswith("loss - dense") and row["experiment"] == "warm"]
     assert {row["text"] for row in differences} == {"prose", "code"}
     assert all(float(row["low"]) <= float(row["value"]) <= float(row["high"]) for row in differences)

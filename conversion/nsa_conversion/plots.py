@@ -80,6 +80,7 @@ def plot_loss_curve(log_history: Sequence[Mapping[str, Any]], path: str | Path, 
         "eval_loss": "evaluation",
         "next_token_loss": "next token",
         "distill_loss": "KL to the teacher",
+        "hidden_loss": "distance of hidden states",
         "selector_loss": "KL of the selector",
         "value_loss": "relative error of φ_V",
     }
@@ -126,9 +127,14 @@ def plot_position_loss(
 
 
 def plot_bars(
-    series: Mapping[str, Sequence[float]], names: Sequence[str], path: str | Path | BinaryIO, title: str, y_label: str
+    series: Mapping[str, Sequence[float]],
+    names: Sequence[str],
+    path: str | Path | BinaryIO,
+    title: str,
+    y_label: str,
+    limits: tuple[float, float] | None = (0, 1),
 ) -> None:
-    """Draw groups of bars side by side on a scale from 0 to 1, one colour per label.
+    """Draw groups of bars side by side, one colour per label.
 
     Args:
         series: label -> one height per name.
@@ -136,13 +142,17 @@ def plot_bars(
         path: the PNG to write, or a binary file.
         title: shown above the axes.
         y_label: of the heights.
+        limits: of the scale; None takes them from the heights.
     """
     figure, axes = _new_figure(title, "", y_label)
     width = 0.8 / len(series)
     for index, (label, heights) in enumerate(series.items()):
         places = [group + (index - (len(series) - 1) / 2) * width for group in range(len(names))]
         axes.bar(places, heights, width, color=COLORS[index % len(COLORS)], label=label)
-    axes.set_ylim(0, 1)
+    if limits is None:
+        axes.axhline(0, color="black", linewidth=0.8)
+    else:
+        axes.set_ylim(*limits)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
     axes.legend(frameon=False)
     figure.savefig(path)
