@@ -17,6 +17,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     apply_rotary_pos_emb,
@@ -32,7 +33,26 @@ from .cache_nsa import NSACacheInput
 from .configuration_nsa import NSAConfig
 from .layout_nsa import NSALayout
 
-__all__ = ["NSAAttention", "NSACompression", "NSADenseAttention", "NSAGate", "NSAGateScale", "init_nsa_parameters"]
+__all__ = [
+    "NSAAttention",
+    "NSACompression",
+    "NSADenseAttention",
+    "NSAGate",
+    "NSAGateScale",
+    "init_nsa_parameters",
+    "make_norm",
+    "split_ropes",
+]
+
+
+def make_norm(config: NSAConfig, size: int) -> nn.Module:
+    """RMSNorm of the decoder's type."""
+    return (Gemma3RMSNorm if config.decoder_type == "gemma3" else LlamaRMSNorm)(size, eps=config.rms_norm_eps)
+
+
+def split_ropes(embeddings, head_dim: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """cos and sin of each RoPE in the order of `config.rope_thetas`; they lie side by side in `embeddings`."""
+    return list(zip(*(x.split(head_dim, dim=-1) for x in embeddings)))
 
 
 def _rotate(x, cos, sin):
@@ -153,10 +173,11 @@ class NSADenseAttention(nn.Module):
         self.head_dim = config.head_dim
         self.v_head_dim = config.v_head_dim or config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
+        self.scaling = (config.query_pre_attn_scalar or self.head_dim) ** -0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
+        self.rope_index = config.rope_thetas.index(config.layer_rope_theta[layer_idx]) if config.layer_rope_theta else 0
         sliding = config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
 
@@ -178,7 +199,7 @@ class NSADenseAttention(nn.Module):
         )
 
     def _head_norm(self, config):
-        return LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        return make_norm(config, self.head_dim) if config.use_qk_norm else nn.Identity()
 
     def _heads(self, x, projection, norm=None):
         """`[B, T, hidden_size]` to `[B, T, heads, head dim]`."""
@@ -249,7 +270,7 @@ class NSAAttention(NSADenseAttention):
 
     def _compress(self, tails, first_slot, num_blocks, embeddings, cu_seqlens=None):
         """φ over tensors of `_tails`, `[B, T, H, D]` or packed; returns k_cmp and v_cmp alike."""
-        embeddings = embeddings if self.use_rope else None
+        embeddings = split_ropes(embeddings, self.head_dim)[self.rope_index] if self.use_rope else None
         where = {"first_slot": first_slot, "num_blocks": num_blocks, "cu_seqlens": cu_seqlens}
         k_cmp = self.compress_k(tails.get("k_tail"), tails.get("k_tail_rot"), embeddings, **where)
         return k_cmp, self.compress_v(tails["v_tail"], tails["v_tail"], **where)
@@ -425,7 +446,8 @@ class NSAAttention(NSADenseAttention):
                 return keys
             slots = torch.arange(first_slot, first_slot + keys.shape[2], device=keys.device)
             positions = layout.first_position + (slots if layout.leftpad is None else slots - layout.leftpad[:, None])
-            return _unrotate(keys.transpose(1, 2), *layout.embed(positions)).transpose(1, 2)
+            embeddings = split_ropes(layout.embed(positions), self.head_dim)[self.rope_index]
+            return _unrotate(keys.transpose(1, 2), *embeddings).transpose(1, 2)
 
         separate = not self.config.shared_kv
         nsa = NSACacheInput(

@@ -15,11 +15,12 @@ from nsa_kernels.validation import check_sizes
 
 from .hub_nsa import AUTO_MAP, write_remote_code
 
-__all__ = ["COMPRESS_TYPES", "LAYER_TYPES", "NSAConfig"]
+__all__ = ["COMPRESS_TYPES", "DECODER_TYPES", "LAYER_TYPES", "NSAConfig"]
 
 NSA_LAYER_TYPE = "native_sparse_attention"
 LAYER_TYPES = (NSA_LAYER_TYPE, "full_attention", "sliding_attention")
 COMPRESS_TYPES = ("mean", "mlp", "residual_mlp", "pool")
+DECODER_TYPES = ("llama", "gemma3")
 
 # configs read through the base class (Trainer resuming a checkpoint) know only the library's own layer types
 if NSA_LAYER_TYPE not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
@@ -29,13 +30,16 @@ if NSA_LAYER_TYPE not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
 @strict
 class NSAConfig(PreTrainedConfig):
     r"""
-    Configuration of [`NSAModel`]: a Llama-like decoder whose layers attend by Native Sparse Attention
+    Configuration of [`NSAModel`]: a decoder like Llama or Gemma 3 whose layers attend by Native Sparse Attention
     (arXiv 2502.11089), fully, or in a sliding window. The defaults of the sparse part are the paper's.
 
     Args:
         vocab_size, hidden_size, intermediate_size, num_hidden_layers, hidden_act, max_position_embeddings,
         initializer_range, rms_norm_eps, use_cache, tie_word_embeddings, rope_parameters, attention_dropout, mlp_bias:
             As in [`~transformers.LlamaConfig`]. Attention dropout acts in full and sliding layers only.
+        decoder_type (`str`, defaults to `"llama"`):
+            `"llama"`, or `"gemma3"`: RMSNorm multiplies by 1 + weight and follows attention and MLP too, and embeddings
+            are multiplied by the root of `hidden_size`.
         num_attention_heads (`int`, defaults to 32):
             Query heads, HQ.
         num_key_value_heads (`int`, *optional*):
@@ -48,10 +52,17 @@ class NSAConfig(PreTrainedConfig):
             Biases of the query, key and value projections.
         attention_output_bias (`bool`, defaults to `False`):
             Bias of the output projection.
+        query_pre_attn_scalar (`float`, *optional*):
+            Products of queries and keys are divided by its root. Defaults to `head_dim`.
+        final_logit_softcapping (`float`, *optional*):
+            c in `c * tanh(logits / c)`, which replaces the logits. Defaults to leaving them as they are.
         use_qk_norm (`bool`, defaults to `False`):
             RMSNorm over the head dim of queries and keys before RoPE, as in Qwen3; each branch has its own key norm.
         no_rope_layers (`list[int]`, *optional*):
             One entry per layer, 1 with RoPE and 0 without, as in SmolLM3. Defaults to RoPE everywhere.
+        layer_rope_theta (`list[float | None]`, *optional*):
+            One entry per layer: the base of an unscaled RoPE of its own, as in Gemma 3's sliding layers, or None for
+            `rope_parameters`. Defaults to `rope_parameters` everywhere.
         layer_types (`list[str]`, *optional*):
             One of `"native_sparse_attention"`, `"full_attention"`, `"sliding_attention"` per layer. Defaults to
             native sparse attention everywhere.
@@ -117,6 +128,7 @@ class NSAConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     v_head_dim: int | None = None
+    decoder_type: str = "llama"
     hidden_act: str = "silu"
     max_position_embeddings: int = 65536
     initializer_range: float = 0.02
@@ -130,9 +142,12 @@ class NSAConfig(PreTrainedConfig):
     attention_bias: bool = False
     attention_output_bias: bool = False
     attention_dropout: float | int = 0.0
+    query_pre_attn_scalar: float | int | None = None
+    final_logit_softcapping: float | int | None = None
     mlp_bias: bool = False
     use_qk_norm: bool = False
     no_rope_layers: list[int] | None = None
+    layer_rope_theta: list[float | int | None] | None = None
     layer_types: list[str] | None = None
     sliding_window: int | None = None
     compress_block_size: int = 32
@@ -176,6 +191,11 @@ class NSAConfig(PreTrainedConfig):
             "window_size": self.window_size,
         }
 
+    @property
+    def rope_thetas(self) -> list[float | None]:
+        """The bases of the model's RoPEs, None for that of `rope_parameters`."""
+        return list(dict.fromkeys(self.layer_rope_theta or [None]))
+
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """As in transformers; the model's code goes into the directory too, unless `save_remote_code` is off."""
         if self.save_remote_code and not os.path.isfile(save_directory):
@@ -214,13 +234,18 @@ class NSAConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {value}.")
+        for name in ("query_pre_attn_scalar", "final_logit_softcapping"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`{name}` must be a positive number, got {value}.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 "`num_attention_heads` must be a multiple of `num_key_value_heads`, so that every group has the same "
                 f"number of query heads, got {self.num_attention_heads} and {self.num_key_value_heads}."
             )
         check_sizes(**self.block_sizes)
-        for name, allowed in (("compress_type", COMPRESS_TYPES), ("nsa_backend", BACKENDS)):
+        choices = {"decoder_type": DECODER_TYPES, "compress_type": COMPRESS_TYPES, "nsa_backend": BACKENDS}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
 
@@ -229,7 +254,8 @@ class NSAConfig(PreTrainedConfig):
         unknown = [name for name in self.layer_types if name not in LAYER_TYPES]
         if unknown:
             raise ValueError(f"`layer_types` must hold only {', '.join(LAYER_TYPES)}, got {unknown}.")
-        for name, entries in (("layer_types", self.layer_types), ("no_rope_layers", self.no_rope_layers)):
+        for name in ("layer_types", "no_rope_layers", "layer_rope_theta"):
+            entries = getattr(self, name)
             if entries is not None and len(entries) != self.num_hidden_layers:
                 raise ValueError(
                     f"`{name}` must have one entry per layer, got {len(entries)} for num_hidden_layers="

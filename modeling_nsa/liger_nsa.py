@@ -14,6 +14,7 @@ from types import MethodType
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.utils import can_return_tuple
 
@@ -87,6 +88,8 @@ def apply_liger_kernel_to_nsa(
     for module in model.modules():
         if rms_norm and isinstance(module, LlamaRMSNorm):
             _patch_rms_norm_module(module)
+        if rms_norm and isinstance(module, Gemma3RMSNorm):
+            _patch_rms_norm_module(module, offset=1.0, casting_mode="gemma", in_place=False)
         if swiglu and isinstance(module, LlamaMLP) and model.config.hidden_act in ("silu", "swish"):
             _patch_swiglu_module(module, LigerSwiGLUMLP)
     if fused_linear_cross_entropy and hasattr(model, "lm_head"):
@@ -131,6 +134,7 @@ def _fused_forward(
         lm_head_weight=self.lm_head.weight,
         labels=labels,
         hidden_size=self.config.hidden_size,
+        final_logit_softcapping=self.config.final_logit_softcapping,
         **kwargs,
     )
     return NSACausalLMOutputWithPast(

@@ -2,12 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Native Sparse Attention decoder (arXiv 2502.11089) as transformers models."""
 
+import copy
 import functools
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import AutoModel
+from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -19,7 +21,8 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3TextScaledWordEmbedding
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
@@ -27,7 +30,15 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from nsa_kernels.availability import triton_error
 
-from .attention_nsa import NSAAttention, NSACompression, NSADenseAttention, NSAGateScale, init_nsa_parameters
+from .attention_nsa import (
+    NSAAttention,
+    NSACompression,
+    NSADenseAttention,
+    NSAGateScale,
+    init_nsa_parameters,
+    make_norm,
+    split_ropes,
+)
 from .cache_nsa import prepare_cache
 from .configuration_nsa import NSA_LAYER_TYPE, NSAConfig
 from .layout_nsa import NSALayout, build_layout, restarts
@@ -94,14 +105,34 @@ class NSACausalLMOutputWithPast(CausalLMOutputWithPast):
     gates: tuple[torch.FloatTensor, ...] | None = None
 
 
+class NSARotaryEmbeddings(nn.Module):
+    """cos and sin of several RoPEs side by side, in the order of `config.rope_thetas`."""
+
+    def __init__(self, config: NSAConfig):
+        super().__init__()
+        self.ropes = nn.ModuleList()
+        for theta in config.rope_thetas:
+            own = copy.copy(config)
+            if theta is not None:
+                own.rope_parameters = {"rope_type": "default", "rope_theta": theta}
+            self.ropes.append(LlamaRotaryEmbedding(config=own))
+
+    def forward(self, x, position_ids):
+        return tuple(torch.cat(parts, dim=-1) for parts in zip(*(rope(x, position_ids) for rope in self.ropes)))
+
+
 class NSADecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: NSAConfig, layer_idx: int):
         super().__init__()
         sparse = config.layer_types[layer_idx] == NSA_LAYER_TYPE
         self.self_attn = (NSAAttention if sparse else NSADenseAttention)(config, layer_idx)
         self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = make_norm(config, config.hidden_size)
+        self.post_attention_layernorm = make_norm(config, config.hidden_size)
+        self.norms_outputs = config.decoder_type == "gemma3"
+        if self.norms_outputs:
+            self.pre_feedforward_layernorm = make_norm(config, config.hidden_size)
+            self.post_feedforward_layernorm = make_norm(config, config.hidden_size)
 
     def forward(
         self,
@@ -126,6 +157,10 @@ class NSADecoderLayer(GradientCheckpointingLayer):
             layout=layout,
             **kwargs,
         )
+        if self.norms_outputs:  # here this norm follows the attention, in Llama it precedes the MLP
+            hidden_states = residual + self.post_attention_layernorm(hidden_states)
+            output = self.mlp(self.pre_feedforward_layernorm(hidden_states))
+            return hidden_states + self.post_feedforward_layernorm(output)
         hidden_states = residual + hidden_states
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -163,6 +198,10 @@ class NSAPreTrainedModel(PreTrainedModel):
         # leaf modules only: containers are not visited when their children are done
         if isinstance(module, (NSACompression, NSAGateScale)) or getattr(module, "starts_at_zero", False):
             init_nsa_parameters(module, self.config.initializer_range)
+        elif isinstance(module, Gemma3RMSNorm):
+            init.zeros_(module.weight)
+        elif isinstance(module, Gemma3TextScaledWordEmbedding):
+            init.constant_(module.embed_scale, module.scalar_embed_scale)
 
 
 @auto_docstring
@@ -171,12 +210,15 @@ class NSAModel(NSAPreTrainedModel):
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        embedding, scale = nn.Embedding, {}
+        if config.decoder_type == "gemma3":
+            embedding, scale = Gemma3TextScaledWordEmbedding, {"embed_scale": config.hidden_size**0.5}
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size, self.padding_idx, **scale)
         self.layers = nn.ModuleList(
             [NSADecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.norm = make_norm(config, config.hidden_size)
+        self.rotary_emb = (NSARotaryEmbeddings if config.layer_rope_theta else LlamaRotaryEmbedding)(config=config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -235,6 +277,7 @@ class NSAModel(NSAPreTrainedModel):
         if masks is None:
             masks = _dense_masks(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
 
+        ropes = split_ropes(position_embeddings, self.config.head_dim)
         hidden_states = inputs_embeds
         for layer_type, decoder_layer in zip(self.config.layer_types, self.layers):
             hidden_states = decoder_layer(
@@ -243,7 +286,7 @@ class NSAModel(NSAPreTrainedModel):
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
-                position_embeddings=position_embeddings,
+                position_embeddings=ropes[decoder_layer.self_attn.rope_index],
                 layout=layout,
                 **kwargs,
             )
@@ -337,6 +380,8 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = cap * torch.tanh(logits / cap)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

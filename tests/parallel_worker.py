@@ -27,6 +27,8 @@ CASES = {
     "qwen3-like": ("qwen3-like", {}, [63, 66]),
     "no rope": ("smollm3-like", {}, (1, 97)),
     "dynamic rope": ("separate", DYNAMIC, (1, 143)),
+    "two ropes": ("gemma3-like", {}, [90, 41]),
+    "two ropes, sliding attention": ("gemma3 sliding", {}, (1, 131)),
     "shorter than a window": ("separate", {}, (1, 3)),
     "no blocks": ("shared", {}, [5, 7, 3, 6, 7, 2]),
     "no window": ("separate", {"window_size": 1}, (1, 75)),

@@ -30,6 +30,9 @@ def test_round_trip_through_auto_config(tmp_path):
         sliding_window=128,
         shared_kv=True,
         no_rope_layers=[1, 0, 1],
+        layer_rope_theta=[None, None, 1e3],
+        decoder_type="gemma3",
+        query_pre_attn_scalar=168,
         rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e5},
     )
     config.save_pretrained(tmp_path)
@@ -55,6 +58,10 @@ def test_round_trip_through_auto_config(tmp_path):
         ({"layer_types": ["full_attention"]}, "`layer_types` must have one entry per layer, got 1"),
         ({"no_rope_layers": [1]}, "`no_rope_layers` must have one entry per layer, got 1"),
         ({"layer_types": ["sliding_attention"] * 32}, "`sliding_window` must be a positive number of tokens"),
+        ({"layer_rope_theta": [None]}, "`layer_rope_theta` must have one entry per layer, got 1"),
+        ({"query_pre_attn_scalar": 0}, "`query_pre_attn_scalar` must be a positive number, got 0"),
+        ({"final_logit_softcapping": -1.0}, "`final_logit_softcapping` must be a positive number, got -1"),
+        ({"decoder_type": "gemma"}, "`decoder_type` must be one of llama, gemma3, got 'gemma'"),
         ({"compress_type": "max"}, "`compress_type` must be one of mean, mlp, residual_mlp, pool, got 'max'"),
         ({"nsa_backend": "cuda"}, "`nsa_backend` must be one of auto, triton, reference, got 'cuda'"),
     ],

@@ -144,6 +144,14 @@ def test_sliding_layers_stay_or_are_converted(tmp_path):
     assert_equal_logits(source, tmp_path / "converted", tokens=10)
 
 
+def test_converted_sliding_layers_of_gemma3_keep_their_own_rope(tmp_path):
+    source = tiny.make_checkpoint(tmp_path / "source", "gemma3_text", final_logit_softcapping=5.0)
+    report = run(source, tmp_path / "nsa", convert_sliding=True)
+    assert report.plan.layers == {"native_sparse_attention": 3}
+    assert report.plan.exact_tokens == 10
+    assert_equal_logits(source, tmp_path / "nsa", tokens=10)
+
+
 def test_early_mistral_is_sliding_everywhere(tmp_path):
     source = tiny.make_checkpoint(tmp_path / "source", "mistral", sliding_window=20)
     with pytest.raises(NSAError, match="--convert-sliding"):
@@ -764,14 +772,29 @@ def test_hub_gguf_is_fetched_by_name(tmp_path, hub):
 # GGUF
 
 
+# A GGUF file of Gemma 3 names no layer types (five of six slide), no scale and no base of the sliding layers.
+GGUF_CHANGES = {
+    "gemma3_text": {
+        "num_hidden_layers": 6,
+        "layer_types": None,
+        "query_pre_attn_scalar": 16,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e3},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    }
+}
+
+
 def make_gguf(path, arch="qwen2", *, drop=(), extra=(), fields=()):
     """A tiny float32 GGUF file with a byte-level tokenizer and a chat template."""
     import gguf
 
-    config = tiny.make_config(arch, tie_word_embeddings=True)
-    state = tiny.make_model(arch, tie_word_embeddings=True).state_dict()
-    to_gguf = {value: key for key, value in sources._GGUF_NAMES.items()}
-    writer = gguf.GGUFWriter(str(path), arch)
+    model = tiny.make_model(arch, tie_word_embeddings=True, **GGUF_CHANGES.get(arch, {}))
+    config, state, family = model.config, model.state_dict(), arch.removesuffix("_text")
+    names = sources._GGUF_NAMES | sources._GGUF_OWN_NAMES.get(family, {})
+    to_gguf = {value: key for key, value in names.items()}
+    writer = gguf.GGUFWriter(str(path), family)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
@@ -779,23 +802,33 @@ def make_gguf(path, arch="qwen2", *, drop=(), extra=(), fields=()):
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    if arch == "qwen3":
+    writer.add_rope_freq_base(1e3 if family == "gemma3" else 1e4)
+    if family == "gemma3":
+        writer.add_sliding_window(config.sliding_window)
+    if family in ("qwen3", "gemma3"):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     if arch == "llama":
         writer.add_rope_dimension_count(config.head_dim)
     for key, value in fields:
         writer.add_string(key, value)
-    vocab = tiny.make_tokenizer(path.parent / "scratch").get_vocab()
-    tokens = sorted(vocab, key=vocab.get)
-    tokens += [tokens[40] + tokens[41], tokens[42] + tokens[43]]
+    if family == "gemma3":
+        tokens = ["<pad>", "<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁somewrdWS"]
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores([0.0] * tiny.VOCAB_SIZE)
+        writer.add_unk_token_id(3)
+        writer.add_add_space_prefix(False)
+    else:
+        vocab = tiny.make_tokenizer(path.parent / "scratch").get_vocab()
+        shutil.rmtree(path.parent / "scratch")
+        tokens = sorted(vocab, key=vocab.get)
+        tokens += [tokens[40] + tokens[41], tokens[42] + tokens[43]]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("qwen2")
+        writer.add_token_merges([f"{tokens[40]} {tokens[41]}", f"{tokens[42]} {tokens[43]}"])
     tokens += [f"<unused{i}>" for i in range(tiny.VOCAB_SIZE - len(tokens))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token.startswith("<") and token.endswith(">") else 1 for token in tokens])
-    writer.add_token_merges([f"{tokens[40]} {tokens[41]}", f"{tokens[42]} {tokens[43]}"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template(tiny._CHAT_TEMPLATE)
@@ -806,25 +839,25 @@ def make_gguf(path, arch="qwen2", *, drop=(), extra=(), fields=()):
         layer = stem.startswith("model.layers.")
         inner = stem.split(".", 3)[3] if layer else stem
         prefix = f"blk.{stem.split('.')[2]}." if layer else ""
-        writer.add_tensor(f"{prefix}{to_gguf[inner]}.{part}", tensor.numpy())
+        offset = 1 if family == "gemma3" and "norm" in stem else 0  # llama.cpp adds it when it writes the file
+        writer.add_tensor(f"{prefix}{to_gguf[inner]}.{part}", tensor.numpy() + offset)
     for name, tensor in extra:
         writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    shutil.rmtree(path.parent / "scratch")
     return path
 
 
-@pytest.mark.parametrize("arch", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3", "gemma3_text"])
 def test_gguf_with_tokenizer_and_template(tmp_path, arch):
     path = make_gguf(tmp_path / "tiny.gguf", arch)
     report = run(path, tmp_path / "nsa")
     assert report.tokenizer
     dense, tokenizer = sources.load_model(path)
     nsa, copy = sources.load_model(tmp_path / "nsa")
-    expected = tiny.make_model(arch, tie_word_embeddings=True)
+    expected = tiny.make_model(arch, tie_word_embeddings=True, **GGUF_CHANGES.get(arch, {}))
     ids = tiny.random_ids(EXACT_TOKENS)
     torch.testing.assert_close(logits(dense, ids), logits(expected, ids))
     torch.testing.assert_close(logits(nsa, ids), logits(expected, ids), rtol=1e-5, atol=1e-5)
@@ -867,6 +900,9 @@ def test_gguf_that_is_damaged_or_holds_something_else(tmp_path):
         run(path, tmp_path / "nsa")
     path = make_gguf(tmp_path / "yarn.gguf", fields=[("qwen2.rope.scaling.type", "yarn")])
     with pytest.raises(NSAError, match="rope scaling 'yarn'"):
+        run(path, tmp_path / "nsa")
+    path = make_gguf(tmp_path / "cap.gguf", "gemma3_text", fields=[("gemma3.final_logit_softcapping", "30")])
+    with pytest.raises(NSAError, match=r"gemma3.final_logit_softcapping=30, but transformers takes None"):
         run(path, tmp_path / "nsa")
     assert not (tmp_path / "nsa").exists()
 

@@ -70,6 +70,8 @@ def folder(tmp_path_factory):
     prompt = make_ids(1, 40, seed=1)
     generated = model.generate(prompt, max_new_tokens=12, do_sample=False)
     record(model, folder, "causal", prompt=prompt, generated=generated)
+    model = make_model("gemma3 sliding", tie_word_embeddings=True)
+    record(model, folder, "gemma3", prompt=prompt, generated=model.generate(prompt, max_new_tokens=12, do_sample=False))
     config = NSAConfig(**{**model.config.to_dict(), "num_labels": 3, "pad_token_id": 0})
     record(NSAForSequenceClassification(config).eval(), folder, "classifier")
     lora = LoraConfig(

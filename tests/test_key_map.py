@@ -22,6 +22,8 @@ VARIANTS = [
     ("qwen3", {"attention_bias": True}),
     ("smollm3", {}),
     ("smollm3", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
+    ("gemma3_text", {}),
+    ("gemma3_text", {"attention_bias": True, "tie_word_embeddings": False}),
 ]
 
 
@@ -89,6 +91,7 @@ def test_biases_and_norms_follow_the_architecture():
     assert kwargs("qwen2") == (True, False, False, False)
     assert kwargs("qwen3") == (False, False, False, True)
     assert kwargs("smollm3") == (False, False, False, False)
+    assert kwargs("gemma3_text") == (False, False, False, True)
 
 
 def test_rope_and_head_dim_are_carried_over():
@@ -98,6 +101,33 @@ def test_rope_and_head_dim_are_carried_over():
     assert config.head_dim == 32
     assert nsa_config(tiny.make_config("qwen2")).head_dim == 8
     assert nsa_config(tiny.make_config("smollm3")).no_rope_layers == [1, 0, 1, 1]
+
+
+def test_gemma3s_own_fields_are_carried_over():
+    config = nsa_config(tiny.make_config("gemma3_text", final_logit_softcapping=30.0))
+    assert (config.decoder_type, config.hidden_act) == ("gemma3", "gelu_pytorch_tanh")
+    assert (config.query_pre_attn_scalar, config.final_logit_softcapping) == (24, 30.0)
+    assert config.rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    assert config.layer_rope_theta == [100.0, None, None]
+    converted = nsa_config(tiny.make_config("gemma3_text"), convert_sliding=True)
+    assert converted.layer_types == ["native_sparse_attention"] * 3
+    assert converted.layer_rope_theta == [100.0, None, None]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}},
+            "sliding layers must be unscaled .* 'linear'",
+        ),
+    ],
+)
+def test_what_no_layer_computes_of_gemma3_is_refused(changes, message):
+    with pytest.raises(NSAError, match=message):
+        key_map.config_kwargs(tiny.make_config("gemma3_text", **changes))
 
 
 def test_sliding_layers_stay_unless_asked():

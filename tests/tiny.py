@@ -41,6 +41,18 @@ ARCHITECTURES = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 16},
     "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 1], "tie_word_embeddings": True},
+    "gemma3_text": {
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "sliding_window": 10,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+        },
+        "tie_word_embeddings": True,
+    },
 }
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"

@@ -36,6 +36,14 @@ BASE = {
     "max_position_embeddings": 512,
 }
 HYBRID = {"layer_types": ["full_attention", "native_sparse_attention"]}
+GEMMA3 = {
+    "decoder_type": "gemma3",
+    "hidden_act": "gelu_pytorch_tanh",
+    "use_qk_norm": True,
+    "query_pre_attn_scalar": 12,
+    "layer_rope_theta": [100.0, None],
+    "final_logit_softcapping": 30.0,
+}
 VARIANTS = {
     "separate": {},
     "shared": {"shared_kv": True},
@@ -47,12 +55,19 @@ VARIANTS = {
     "smollm3-like": {"no_rope_layers": [1, 0]},
     "sliding": {"layer_types": ["sliding_attention", "native_sparse_attention"], "sliding_window": 7},
     "yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}, "shared_kv": True},
+    "gemma3-like": GEMMA3,
+    "gemma3 sliding": {
+        **GEMMA3,
+        "layer_types": ["sliding_attention", "native_sparse_attention"],
+        "sliding_window": 7,
+        "shared_kv": True,
+    },
     "one group": {"num_key_value_heads": 6},
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 # recording by full and sliding layers is transformers' own, and has changed between versions
-sparse_variants = pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "sliding"])
-main_variants = pytest.mark.parametrize("variant", ["separate", "shared", "hybrid"])
+sparse_variants = pytest.mark.parametrize("variant", [name for name in VARIANTS if "sliding" not in name])
+main_variants = pytest.mark.parametrize("variant", ["separate", "shared", "hybrid", "gemma3-like"])
 
 
 def make_model(variant="separate", seed=0, **changes):

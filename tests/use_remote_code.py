@@ -42,6 +42,9 @@ def main(folder):
     model = load(transformers.AutoModelForCausalLM, folder / "causal")
     same(model, causal)
     generates(model, causal)
+    gemma3, expected = load(transformers.AutoModelForCausalLM, folder / "gemma3"), torch.load(folder / "gemma3.pt")
+    same(gemma3, expected)
+    generates(gemma3, expected)
     with torch.no_grad():
         hidden = load(transformers.AutoModel, folder / "causal")(causal["ids"]).last_hidden_state
     assert torch.equal(model.lm_head(hidden), causal["logits"])

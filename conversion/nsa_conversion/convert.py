@@ -260,7 +260,8 @@ def convert(
     """Convert a dense checkpoint; up to n·l' tokens the converted model computes the source's logits.
 
     Args:
-        source (str | Path): a directory, a hub id or a .gguf file of a Llama, Mistral, Qwen2, Qwen3 or SmolLM3 model.
+        source (str | Path): a directory, a hub id or a .gguf file of a Llama, Mistral, Qwen2, Qwen3, SmolLM3 or Gemma 3
+            text model.
         dest (str | Path): directory to create; must not exist or be empty.
         full_attention_layers (str | Iterable[int] | None): layers that stay dense, e.g. `"0,5,20-23"`; default none.
         convert_sliding (bool): make the source's sliding-window layers native sparse; otherwise they stay as they are.

@@ -24,7 +24,7 @@ __all__ = [
     "source_layer_types",
 ]
 
-# Fields that mean the same, under the same name, in every supported source.
+# Fields that mean the same, under the same name, in every supported source but those whose `Architecture` gives them.
 _COMMON = (
     "vocab_size",
     "hidden_size",
@@ -97,6 +97,28 @@ def _smollm3(config):
     return {**_llama(config), "no_rope_layers": [int(flag) for flag in rope]}
 
 
+def _gemma3(config):
+    for name in ("attn_logit_softcapping", "use_bidirectional_attention"):
+        if getattr(config, name):
+            raise NSAError(f"the source sets {name}={getattr(config, name)}, which no NSA layer computes.")
+    local = config.rope_parameters["sliding_attention"]
+    if set(local) != {"rope_type", "rope_theta"} or local["rope_type"] != "default":
+        raise NSAError(f"the RoPE of the source's sliding layers must be unscaled (rope_type 'default'), got {local}.")
+    kinds = source_layer_types(config)
+    return {
+        "decoder_type": "gemma3",
+        "hidden_act": config.hidden_activation,
+        "attention_bias": config.attention_bias,
+        "attention_output_bias": config.attention_bias,
+        "mlp_bias": False,
+        "use_qk_norm": True,
+        "query_pre_attn_scalar": config.query_pre_attn_scalar,
+        "final_logit_softcapping": config.final_logit_softcapping,
+        "rope_parameters": dict(config.rope_parameters["full_attention"]),
+        "layer_rope_theta": [local["rope_theta"] if kind == "sliding_attention" else None for kind in kinds],
+    }
+
+
 _SLIDING = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
 # pretraining_tp only split matrix products; transformers ignores it too.
 ARCHITECTURES = {
@@ -106,6 +128,11 @@ ARCHITECTURES = {
     "qwen3": Architecture(_qwen3, _SLIDING | {"attention_bias"}),
     "smollm3": Architecture(
         _smollm3, _SLIDING | {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"}
+    ),
+    "gemma3_text": Architecture(
+        _gemma3,
+        frozenset({"hidden_activation", "attention_bias", "query_pre_attn_scalar", "sliding_window", "layer_types"})
+        | {"final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"},
     ),
 }
 # Read by `config_kwargs` itself.
@@ -143,10 +170,9 @@ def config_kwargs(config, *, full_attention_layers: Iterable[int] = (), convert_
             types that the source's own model does not compute.
     """
     check_model_type(config.model_type)
-    kwargs = {name: getattr(config, name) for name in _COMMON}
-    kwargs["head_dim"] = _head_dim(config)
-    kwargs["rope_parameters"] = dict(config.rope_parameters)
+    kwargs = {"head_dim": _head_dim(config), "rope_parameters": dict(config.rope_parameters)}
     kwargs |= ARCHITECTURES[config.model_type].fields(config)
+    kwargs |= {name: getattr(config, name) for name in _COMMON if name not in kwargs}
 
     sources = source_layer_types(config)
     layers = sorted(set(full_attention_layers))
@@ -220,7 +246,10 @@ def build_key_map(config) -> dict[str, tuple[str, ...]]:
     for i, kind in enumerate(config.layer_types or ["native_sparse_attention"] * config.num_hidden_layers):
         layer, attention = f"model.layers.{i}.", f"model.layers.{i}.self_attn."
         copies = branches if kind == "native_sparse_attention" else ()
-        keys |= {f"{layer}{name}_layernorm.weight": () for name in ("input", "post_attention")}
+        norms = ("input", "post_attention")
+        if config.decoder_type == "gemma3":
+            norms += ("pre_feedforward", "post_feedforward")
+        keys |= {f"{layer}{name}_layernorm.weight": () for name in norms}
         for name in ("gate", "up", "down"):
             for part in ("weight", "bias") if config.mlp_bias else ("weight",):
                 keys[f"{layer}mlp.{name}_proj.{part}"] = ()

@@ -41,7 +41,7 @@ _HUB_ID = re.compile(r"[\w][\w.\-]*(/[\w][\w.\-]*)?")
 _CODE_FILES = ("modeling_*.py", "configuration_*.py", "tokenization_*.py")
 _FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # GGUF architectures that transformers reads into a supported model type (Mistral files say "llama").
-_GGUF_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+_GGUF_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
 _GGUF_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -57,6 +57,22 @@ _GGUF_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+}
+# Where an architecture gives a name another meaning, or has more of them.
+_GGUF_OWN_NAMES = {
+    "gemma3": {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+}
+# What transformers takes for granted of an architecture, whatever the file says.
+_GGUF_ASSUMED = {
+    "gemma3": {
+        "final_logit_softcapping": None,
+        "rope.freq_base_swa": 10000.0,
+        "attention.sliding_window_pattern": 6,
+    },
 }
 
 
@@ -350,6 +366,12 @@ def _resolve_gguf(name, path, revision, accept):
             f"{path.name} carries {what}, which transformers drops when it reads GGUF, so every position would be "
             "rotated wrongly. Convert the safetensors checkpoint."
         )
+    for key, assumed in _GGUF_ASSUMED.get(architecture, {}).items():
+        if (value := fields.get(f"{architecture}.{key}", assumed)) != assumed:
+            raise NSAError(
+                f"{path.name} has {architecture}.{key}={value}, but transformers takes {assumed} when it reads GGUF. "
+                "Convert the safetensors checkpoint."
+            )
     from transformers import AutoConfig
 
     try:
@@ -360,6 +382,8 @@ def _resolve_gguf(name, path, revision, accept):
     head_dim = fields.get(f"{architecture}.attention.key_length")
     if head_dim is not None:
         config.head_dim = int(head_dim)
+        if architecture == "gemma3":  # llama.cpp's rule for all sizes but 27B, which has RoPE scaling
+            config.query_pre_attn_scalar = int(head_dim)
     check_model_type(config.model_type)
     if accept is not None:
         accept(config)
@@ -371,17 +395,18 @@ def _resolve_gguf(name, path, revision, accept):
         weight_files=(path,),
         revision=_Hub.commit(path.parent),
         license=fields.get("general.license"),
-        gguf_tensors=tuple(_gguf_to_hf(tensor) for tensor in tensors),
+        gguf_tensors=tuple(_gguf_to_hf(tensor, architecture) for tensor in tensors),
     )
 
 
-def _gguf_to_hf(name):
+def _gguf_to_hf(name, architecture):
     """llama.cpp's tensor name as transformers writes it; an unknown name comes back unchanged."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    if match is None or match[2] not in _GGUF_NAMES:
+    names = _GGUF_NAMES | _GGUF_OWN_NAMES.get(architecture, {})
+    if match is None or match[2] not in names:
         return name
     layer = "" if match[1] is None else f"model.layers.{match[1]}."
-    return f"{layer}{_GGUF_NAMES[match[2]]}.{match[3]}"
+    return f"{layer}{names[match[2]]}.{match[3]}"
 
 
 class _SafetensorsReader:
