@@ -372,6 +372,13 @@ def _resolve_gguf(name, path, revision, accept):
                 f"{path.name} has {architecture}.{key}={value}, but transformers takes {assumed} when it reads GGUF. "
                 "Convert the safetensors checkpoint."
             )
+    if architecture == "gemma3" and not reads_gemma_tokenizers():
+        import transformers
+
+        raise NSAError(
+            f"{path.name}: transformers {transformers.__version__} splits the text of Gemma's GGUF files wrongly. Use "
+            "5.23 or newer, or convert the safetensors checkpoint."
+        )
     from transformers import AutoConfig
 
     try:
@@ -397,6 +404,15 @@ def _resolve_gguf(name, path, revision, accept):
         license=fields.get("general.license"),
         gguf_tensors=tuple(_gguf_to_hf(tensor, architecture) for tensor in tensors),
     )
+
+
+def reads_gemma_tokenizers() -> bool:
+    """Whether transformers knows the order of merges in the tokenizer of a Gemma GGUF file."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import gemma_tokenizer  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _gguf_to_hf(name, architecture):
