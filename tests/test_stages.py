@@ -123,6 +123,7 @@ def test_gradient_checkpointing_and_accumulation_train_the_same(run, places, sta
     settings |= {"optim": "sgd", "new_parameter_lr": 1e-1, "per_device_train_batch_size": 2}
     plain, before, after = run("plain", **settings)
     assert changed(before, after)
+    assert all(entry["selector_loss"] > 0.01 for entry in plain)  # while all blocks are selected too
     for name, extra in (
         ("recomputed", {"gradient_checkpointing": True}),
         ("reentrant", {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),

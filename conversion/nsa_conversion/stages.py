@@ -106,7 +106,6 @@ class StageArguments:
             "blocks of a row to its final value (default: 0)."
         },
     )
-
     compile_layers: bool = field(
         default=False,
         metadata={
@@ -234,7 +233,8 @@ class StageTrainerMixin:
         self.stage, self.teacher, self.max_length = stage, teacher, max_length
         layers = sparse_layers(self.model)
         self.config = layers[0].config if layers else None  # a dense model, trained like a sparse one to compare them
-        self.num_blocks = self.config.num_selected_blocks if layers else None
+        if layers:  # of the model as it is meant to be: annealing changes its configuration
+            self.num_blocks, self.first_query = self.config.num_selected_blocks, _first_query(self.config)
         self._terms: dict[str, list] = {}
         self._wrap = functools.cache(torch.compile) if stage.compile_layers else lambda function: function
 
@@ -263,13 +263,16 @@ class StageTrainerMixin:
     def _compiled(self) -> Iterator[None]:
         compiled = self.model.modules() if self.stage.compile_layers else ()
         layers = [module for module in compiled if isinstance(module, GradientCheckpointingLayer)]
+        own = [layer.__dict__.get("forward") for layer in layers]  # None: that of the class
         for layer in layers:
             layer.forward = self._wrap(layer.forward)
         try:
             yield
         finally:
-            for layer in layers:
+            for layer, forward in zip(layers, own):
                 del layer.forward
+                if forward is not None:
+                    layer.forward = forward
 
     @contextlib.contextmanager
     def _annealed(self) -> Iterator[None]:
@@ -323,7 +326,7 @@ class StageTrainerMixin:
         """Means of both losses over the sparse layers."""
         losses = []
         for layer in layers:
-            queries = choose_queries(layer, _first_query(self.config), self.stage.selector_queries, _SELECTOR_DOCUMENTS)
+            queries = choose_queries(layer, self.first_query, self.stage.selector_queries, _SELECTOR_DOCUMENTS)
             losses.append(selector_losses(layer, queries, self.stage.selector_target, values, self._wrap))
         return tuple(sum(each) / len(layers) for each in zip(*losses))
 
