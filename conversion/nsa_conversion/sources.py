@@ -21,6 +21,7 @@ __all__ = [
     "load_tokenizer",
     "open_tensors",
     "parse_dtype",
+    "reads_gemma_tokenizers",
     "resolve",
     "smollm2_gguf",
 ]
