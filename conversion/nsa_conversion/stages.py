@@ -261,7 +261,7 @@ class StageTrainerMixin:
 
     @contextlib.contextmanager
     def _compiled(self) -> Iterator[None]:
-        """One compilation serves all layers, unlike --torch-compile's, and leaves the hooks of `layer_inputs` outside."""
+        """One compilation for all layers, unlike --torch-compile; the hooks of `layer_inputs` stay outside."""
         compiled = self.model.modules() if self.stage.compile_layers else ()
         layers = [module for module in compiled if isinstance(module, GradientCheckpointingLayer)]
         own = [layer.__dict__.get("forward") for layer in layers]  # None: that of the class
