@@ -12,8 +12,8 @@ from nsa_conversion.distill import (
     choose_queries,
     dense_forward,
     dense_statistics,
-    distillation_loss,
     layer_inputs,
+    logit_losses,
     selector_losses,
 )
 from nsa_kernels.reference import importance
@@ -163,17 +163,18 @@ def test_a_row_of_short_documents_gives_a_loss_of_zero(layer):
     sum(losses).backward()
 
 
-def test_distillation_loss_counts_labelled_tokens_only(monkeypatch):
+def test_losses_of_the_logits_count_labelled_tokens_only(monkeypatch):
     torch.manual_seed(0)
     logits, teacher = torch.randn(1, 9, 30, requires_grad=True), torch.randn(1, 9, 30)
     labels = torch.arange(9)[None].clone()
     labels[0, [0, 4]] = -100
     kept = [t - 1 for t in range(1, 9) if t != 4]
     p, q = teacher[0, kept].softmax(-1), logits[0, kept].softmax(-1)
-    expected = (p * (p / q).log()).sum(-1).mean()
-    torch.testing.assert_close(distillation_loss(logits, teacher, labels), expected)
-    (gradient,) = torch.autograd.grad(expected, logits)
+    next_token = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:])
+    expected = ((p * (p / q).log()).sum(-1).mean(), next_token)
+    torch.testing.assert_close(logit_losses(logits, teacher, labels), expected)
+    gradients = [torch.autograd.grad(each, logits, retain_graph=True)[0] for each in expected]
     monkeypatch.setattr(distill, "_LOGIT_ROWS", 3)
-    loss = distillation_loss(logits, teacher, labels)
-    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], gradient)
-    assert distillation_loss(teacher, teacher, labels).item() == pytest.approx(0, abs=1e-6)
+    for loss, gradient in zip(logit_losses(logits, teacher, labels), gradients):
+        torch.testing.assert_close(torch.autograd.grad(loss, logits, retain_graph=True)[0], gradient)
+    assert logit_losses(teacher, teacher, labels)[0].item() == pytest.approx(0, abs=1e-6)

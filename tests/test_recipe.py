@@ -85,7 +85,14 @@ def test_a_recipe_says_what_is_wrong_with_it(dense, tmp_path, capsys):
         load_yaml(tmp_path / "bad.yaml")
     assert cli.main(["finetune", str(dense), "--recipe", str(tmp_path / "none.yaml"), "--output-dir", "x"]) == 2
     assert "there is no file" in capsys.readouterr().err
-    Recipe.read(SCRIPTS / "recipes" / "smollm2.yaml")
+
+
+def test_the_dense_yardstick_is_trained_like_the_sparse_model():
+    sparse, dense = (Recipe.read(SCRIPTS / "recipes" / f"{name}.yaml") for name in ("smollm2", "smollm2_dense"))
+    ((_, adapted),), ((_, trained),) = sparse.stages.items(), dense.stages.items()
+    assert dense.convert is None
+    of_sparse_layers = {"selector_weight": 0, "new_parameter_lr": None, "selector_queries": None}
+    assert {**adapted, **of_sparse_layers} == {**dict.fromkeys(of_sparse_layers), **trained}
 
 
 def test_numbers_without_a_point(tmp_path):

@@ -31,9 +31,9 @@ __all__ = [
     "choose_queries",
     "dense_forward",
     "dense_statistics",
-    "distillation_loss",
     "hidden_state_loss",
     "layer_inputs",
+    "logit_losses",
     "selector_losses",
     "selector_modules",
     "sparse_decoder_layers",
@@ -369,13 +369,13 @@ def _normalised(x):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def distillation_loss(
+def logit_losses(
     logits: torch.Tensor,
     teacher_logits: torch.Tensor,
     labels: torch.Tensor,
     wrap: Callable[[Callable], Callable] = _unchanged,
-) -> torch.Tensor:
-    """KL(teacher ‖ student) of the next token, mean over the tokens that have a label, in chunks of them.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(teacher ‖ student) and loss of the next token, means over the tokens that have a label, in chunks of them.
 
     Args:
         logits, teacher_logits: `[B, T, vocab_size]`.
@@ -383,21 +383,23 @@ def distillation_loss(
         wrap: see `selector_losses`.
 
     Returns:
-        fp32 scalar, nats per token.
+        Two fp32 scalars, nats per token.
     """
     # whole rows of fp32, and slices: the gradient of rows picked by index is slow to put together
-    kept = F.pad(labels[:, 1:] != -100, (0, 1))
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
     rows = max(1, _LOGIT_ROWS // len(labels))
-    parts = [x.split(rows, dim=1) for x in (logits, teacher_logits, kept)]
+    parts = [x.split(rows, dim=1) for x in (logits, teacher_logits, targets)]
     where = {"use_reentrant": False, "preserve_rng_state": False}
-    total = sum(checkpoint(wrap(_divergence), *part, **where) for part in zip(*parts))
-    return total / kept.sum().clamp(min=1)
+    sums = sum(checkpoint(wrap(_logit_sums), *part, **where) for part in zip(*parts))
+    return tuple(sums / (targets != -100).sum().clamp(min=1))
 
 
-def _divergence(student, teacher, kept):
+def _logit_sums(student, teacher, targets):
     student, teacher = (x.float().log_softmax(-1) for x in (student, teacher))
     divergence = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
-    return (divergence * kept).sum()
+    missed = -student.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    kept = targets != -100
+    return torch.stack([(each * kept).sum() for each in (divergence, missed)])
 
 
 def hidden_state_loss(

@@ -23,9 +23,9 @@ from .distill import (
     SELECTOR_TARGETS,
     choose_queries,
     dense_forward,
-    distillation_loss,
     hidden_state_loss,
     layer_inputs,
+    logit_losses,
     selector_losses,
     selector_modules,
     sparse_layers,
@@ -304,21 +304,16 @@ class StageTrainerMixin:
             kept = self.stage.selector_weight or self.stage.hidden_weight
             collect = layer_inputs(model) if kept else contextlib.nullcontext([])
             with collect as layers:
-                if self.stage.next_token_weight:
+                if self.teacher is None:
                     loss, outputs = super().compute_loss(model, {**inputs}, True, num_items_in_batch=num_items_in_batch)
-                else:
+                    terms = {"next_token_loss": loss * parts}
+                else:  # both losses of the logits in one pass over them
                     given = {name: value for name, value in inputs.items() if name != "labels"}
-                    loss, outputs = 0.0, model(**given, use_cache=False)
-            terms, total = {}, self.stage.next_token_weight * loss
-            if self.stage.next_token_weight:
-                terms["next_token_loss"] = loss.detach() * parts
-            if self.teacher is not None:
-                terms |= self._distill(inputs, outputs.logits, layers if self.stage.hidden_weight else [])
+                    outputs = model(**given, use_cache=False)
+                    terms = self._distill(inputs, outputs.logits, layers if self.stage.hidden_weight else [])
             if self.stage.selector_weight:
                 terms["selector_loss"], _ = self._selector(layers, values=False)
-            for name in ("distill", "hidden", "selector"):
-                if f"{name}_loss" in terms:
-                    total = total + getattr(self.stage, f"{name}_weight") / parts * terms[f"{name}_loss"]
+            total = sum(getattr(self.stage, name.replace("loss", "weight")) / parts * terms[name] for name in terms)
         for name, term in terms.items():
             self._terms.setdefault(name, []).append(term.detach())
         return (total, outputs) if return_outputs else total
@@ -341,7 +336,8 @@ class StageTrainerMixin:
                 taught = self.teacher(
                     input_ids=inputs["input_ids"][:, document], use_cache=False, output_hidden_states=bool(layers)
                 )
-            terms = {"distill_loss": distillation_loss(logits[:, document], taught.logits, own, self._wrap)}
+            losses = logit_losses(logits[:, document], taught.logits, own, self._wrap)
+            terms = dict(zip(("distill_loss", "next_token_loss"), losses))
             if layers:
                 states = [layer.residual[:, document] for layer in layers]
                 targets = [taught.hidden_states[layer.attention.layer_idx] for layer in layers]

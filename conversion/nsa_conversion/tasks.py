@@ -19,7 +19,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -360,8 +360,8 @@ TASKS |= {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _render(tokenizer, draft: Draft, count: int) -> list[int]:
-    """Token ids of the prompt with `count` pieces of filler."""
+def _render(tokenizer, draft: Draft, count: int) -> str:
+    """The prompt with `count` pieces of filler."""
     filler = draft.filler(count)
     pieces, taken = [], 0
     for depth, text in sorted(draft.needles):
@@ -370,10 +370,9 @@ def _render(tokenizer, draft: Draft, count: int) -> list[int]:
         taken = place
     body = f"{draft.intro}\n\n{draft.joiner.join([*pieces, *filler[taken:]])}\n\n{draft.question}"
     if tokenizer.chat_template is None:
-        return tokenizer(f"{body}\n\n{draft.lead}", verbose=False)["input_ids"]
+        return f"{body}\n\n{draft.lead}"
     messages = [{"role": "user", "content": body}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text + draft.lead, add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + draft.lead
 
 
 def _continue(tokenizer, text: str) -> list[int]:
@@ -398,20 +397,22 @@ def _contests(tokenizer, draft: Draft) -> tuple[list[int], list[tuple[tuple[int,
     return continuation, contests
 
 
-def _make_trial(name: str, tokenizer, material: Material, length: int, depth: float | None, seed: str) -> Trial:
-    """The prompt with as much filler as `length` tokens hold, the answer included."""
+def _fit(
+    name: str, tokenizer, material: Material, length: int, depth: float | None, seed: str
+) -> Generator[str, list[int], Trial]:
+    """The prompt with as much filler as `length` tokens hold, the answer included; yields text for its token ids."""
     rng = random.Random(seed)
     draft = TASKS[name].draft(rng, material, rng.random() if depth is None else depth)
     continuation, contests = _contests(tokenizer, draft)
     answer_tokens = len(continuation) or sum(len(_continue(tokenizer, f" {answer},")) for answer in draft.answers)
     budget = length - answer_tokens
-    count, prompt = 0, _render(tokenizer, draft, 0)
+    count, prompt = 0, (yield _render(tokenizer, draft, 0))
     least = len(prompt)
     if least > budget:
         raise NSAError(f"task {name!r} needs at least {least + answer_tokens} tokens, got a task length of {length}")
     too_many, guess = None, 32
     while too_many is None or too_many - count > 1:
-        ids = _render(tokenizer, draft, guess)
+        ids = yield _render(tokenizer, draft, guess)
         if len(ids) <= budget:
             count, prompt = guess, ids
         else:
@@ -462,7 +463,19 @@ def make_trials(
         raise NSAError(f"trials must be at least 1, got {trials}")
     material = text if isinstance(text, Material) else Material(text)
     seeds = (f"{seed} {name} {length} {depth} {trial}" for trial in range(trials))
-    return [_make_trial(name, tokenizer, material, length, depth, each) for each in seeds]
+    searches = [_fit(name, tokenizer, material, length, depth, each) for each in seeds]
+    made: dict[int, Trial] = {}
+    asked = {place: next(search) for place, search in enumerate(searches)}
+    while asked:  # all at once: a fast tokenizer works on many texts in parallel
+        texts = list(asked.values())
+        ids = tokenizer(texts, add_special_tokens=tokenizer.chat_template is None, verbose=False)["input_ids"]
+        for place, own in zip(list(asked), ids):
+            try:
+                asked[place] = searches[place].send(own)
+            except StopIteration as found:
+                made[place] = found.value
+                del asked[place]
+    return [made[place] for place in range(trials)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
