@@ -17,9 +17,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,7 @@ def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **sett
     for each in stages.values():
         if each.get("teacher") == "source":
             each["teacher"] = source
+    main, wait = _processes(any(each.get("use_cpu") for each in stages.values()))
     steps = ([] if recipe.convert is None else [(CONVERTED, dict(recipe.convert))]) + list(stages.items())
     wanted, digest = {}, hashlib.sha256(source.encode())
     for name, each in steps:
@@ -157,27 +159,41 @@ def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **sett
             )
         if name not in begun and (output / name).exists():
             raise NSAError(f"{output / name} exists and is not of this recipe; choose another --output-dir")
+    wait()  # all processes have seen the same state
     for name, each in steps:
         place = output / name
         if begun.get(name, {}).get("finished"):
             source = str(place)
             continue
         began = name in begun
+        resumable = began and any(place.glob("checkpoint-*"))
         begun[name] = {"settings": wanted[name], "finished": False}
-        _write_record(output / RECORD, begun)
-        print(f"recipe: {name}", flush=True)
-        if name == CONVERTED:
-            if not (place / "config.json").exists():  # conversion leaves all or nothing
+        wait()
+        if main:
+            _write_record(output / RECORD, begun)
+            print(f"recipe: {name}", flush=True)
+            if name == CONVERTED and not (place / "config.json").exists():  # conversion leaves all or nothing
                 convert(source, place, **each)
-        else:
-            resumable = began and any(place.glob("checkpoint-*"))
-            if began and not resumable:
+            elif name != CONVERTED and began and not resumable:
                 shutil.rmtree(place, ignore_errors=True)
+        wait()
+        if name != CONVERTED:
             finetune(source, place, **each, **({"resume_from_checkpoint": "true"} if resumable else {}))
         begun[name]["finished"] = True
-        _write_record(output / RECORD, begun)
+        if main:
+            _write_record(output / RECORD, begun)
         source = str(place)
     return Path(source)
+
+
+def _processes(use_cpu: bool) -> tuple[bool, Callable[[], None]]:
+    """Whether this process writes, and a function that waits for the others; one process waits for none."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True, lambda: None
+    from accelerate import PartialState
+
+    state = PartialState(cpu=use_cpu)
+    return state.is_main_process, state.wait_for_everyone
 
 
 def _read_record(path: Path) -> dict[str, dict[str, Any]]:
