@@ -159,6 +159,17 @@ def test_compiled_layers_train_the_same(run, places, monkeypatch):
         torch.testing.assert_close(same[key], after[key], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.gpu
+def test_layers_compile_whole_on_a_gpu(run, places):
+    """Nothing in a layer makes the compiler break it into parts, each of which would wait for Python."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    settings = {"stage": "adapt", "teacher": str(places / "dense"), "full_rows": True, "compile_layers": True}
+    run("out", **settings, max_steps=2, use_cpu=False, bf16=True)
+    assert not counters["graph_break"]
+
+
 def test_hidden_states_come_closer_to_the_teachers(run, places):
     """Packed documents too, whose teacher reads each alone; with all blocks selected the model is its teacher."""
     settings = {"stage": "adapt", "teacher": str(places / "dense"), "per_device_train_batch_size": 2}

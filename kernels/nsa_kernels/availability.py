@@ -10,6 +10,7 @@ import torch
 __all__ = ["triton_error"]
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the search for Triton
 def triton_error(device: torch.device | str | None = None) -> str | None:
     """Reason why the Triton kernels cannot run, or None if they can.
 
@@ -32,7 +33,7 @@ def triton_error(device: torch.device | str | None = None) -> str | None:
         )
     if device is not None and torch.device(device).type != "cuda":
         return f"the inputs are on {torch.device(device)}, and the kernels run on CUDA devices."
-    found = torch.cuda.get_device_properties(device)  # which torch.compile takes for a constant
+    found = torch.cuda.get_device_properties(device)
     if found.major < 8:
         return f"the kernels need compute capability 8.0 or newer, and this device has {found.major}.{found.minor}."
     return None
