@@ -3,13 +3,14 @@
 """Decoding in Triton: `reference.nsa_attention` for up to 16 new queries a row over a long past; forward only.
 
 Four launches. The first splits the past: every split attends to a share of the compressed blocks, and notes what each
-of them adds to the importance of the selectable blocks; further splits do the window, which does not wait for the
-selection. The second joins the statistics of the splits into importances and takes the top n. The third attends to the
-chosen blocks, the fourth joins all splits and adds up the gated branches.
+of them adds to the importance of the selectable blocks. The second joins the statistics of the splits into importances
+and takes the top n. The third attends to the window and to the chosen blocks, the fourth joins all splits and adds up
+the gated branches.
 
 Nothing is read back by the host: grids and workspaces follow from the capacity of the cache, programs divide what is
 there at run time, and those without a share return at once. So a CUDA graph can hold all of it. Where the GPU lets a
-kernel start before the one before has ended, it does what needs none of its results: the forced blocks, for one.
+kernel start before the one before has ended, it does what needs none of its results: the window and the forced blocks,
+while few programs rank the others.
 
 Bytes that must be read of the compressed keys and values, the n blocks and the window bound the speed from below:
 `B · H · (C + n · l' + w) · (D + DV)` elements, at H = 4, D = 128, 65,536 tokens, batch 16 and the paper's sizes 184 MB.
@@ -24,7 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .compressed import head_dims, strides, visible_blocks
 from .library import define
-from .selection import fold, fold_sizes
+from .selection import fold_sizes, fold_tile
 from .triton_common import (
     LOG2E,
     NEGATIVE,
@@ -144,25 +145,23 @@ def _compute(
     config, config_single = (
         _config(q.get_device(), q.dtype, D, DV, G, tile["BLOCK_M"], *blocks) for tile in (rows, single)
     )
-    sizes = fold_sizes(*blocks, narrowest=config["BLOCK_N"], halo_in_tile=False)
+    fold = fold_sizes(compress_block_size, compress_stride, select_block_size, narrowest=config["BLOCK_N"])
     S = cdiv(k.shape[1], select_block_size)
     padded = 16 * cdiv(S, 16)  # rows start where 16-byte loads can
-    tiles = cdiv(S, sizes["OUT"])
+    tiles = cdiv(S, fold["OUT"])
     query_tiles = cdiv(T, rows["TILE"])
-    window_tiles = cdiv(min(window_size - 1 + T, k_win.shape[1]), config["BLOCK_N"])
-    chosen_tiles = cdiv(num_selected_blocks * select_block_size, config["BLOCK_N"])
-    programs = B * H * rows["GROUPS"] * query_tiles
-    splits = _splits(tiles, programs, q.device)
-    window_splits = _splits(cdiv(window_tiles, 2), programs, q.device)
-    chosen_splits = _splits(chosen_tiles, B * T * H * single["GROUPS"], q.device)
-    first_splits = splits + window_splits
-    all_splits = first_splits + chosen_splits
+    splits = _splits(tiles, B * H * rows["GROUPS"] * query_tiles, q.device)
+    window_tiles = cdiv(min(window_size, k_win.shape[1]), config_single["BLOCK_N"])
+    chosen_tiles = cdiv(num_selected_blocks * select_block_size, config_single["BLOCK_N"])
+    window_splits, chosen_splits = (
+        _splits(each, B * T * H * single["GROUPS"], q.device) for each in (cdiv(window_tiles, 2), chosen_tiles)
+    )
+    all_splits = splits + window_splits + chosen_splits
 
     floats = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     lse, parts = floats(B, T, HQ, all_splits), floats(B, T, HQ, all_splits, DV)
-    # every head's importances, each tile of them relative to its peak, and what a tile adds to those of the next
-    imp, joined = floats(B, T, HQ, padded), floats(B, T, H, padded)
-    peak, spill = floats(B, T, HQ, tiles), floats(B, T, HQ, tiles, sizes["HALO"])
+    # every head's importances, each tile of them relative to its peak
+    imp, peak, joined = floats(B, T, HQ, padded), floats(B, T, HQ, tiles), floats(B, T, H, padded)
 
     by_tensor = q_offset_tensor is not None
     where = {
@@ -176,33 +175,33 @@ def _compute(
     }
     shapes = {"G": G, **head_dims(q, "D"), **head_dims(v, "DV"), "PRECISION": precision(q.dtype), "scale": scale}
     shapes["enable_fp_fusion"] = True
-    compression = {"SIZE": compress_block_size, "STRIDE": compress_stride}
-    compression |= {name: sizes[name] for name in ("RATIO", "HALO", "OUT")}
+    compression = {"SIZE": compress_block_size, "STRIDE": compress_stride, "RATIO": fold["RATIO"], "OUT": fold["OUT"]}
     forced = {"N": num_selected_blocks, "INITIAL": num_initial_blocks, "LOCAL": num_local_blocks}
     free = num_selected_blocks - num_initial_blocks - num_local_blocks
     counts = {"C": k_cmp.shape[1], "S": padded, "tiles": tiles, "splits": splits, "all_splits": all_splits}
     chained = {"PDL": _overlaps(q.device), "launch_pdl": _overlaps(q.device)}
 
-    _partial_kernel[(H * rows["GROUPS"] * query_tiles, B, first_splits)](
-        q, k_cmp, v_cmp, k_win, v_win, parts, lse, imp, peak, spill, *strides(q, k_cmp, v_cmp, k_win, v_win),
-        TW=k_win.shape[1], query_tiles=query_tiles, **counts, **where, **shapes, **compression, **rows,
-        COLUMNS=sizes["COLUMNS"], W=window_size, RING=window_ring, FOLD=free > 0,
-        **{**config, "BLOCK_N": sizes["BLOCK_N"]}, PDL=_overlaps(q.device),
+    _partial_kernel[(H * rows["GROUPS"] * query_tiles, B, splits)](
+        q, k_cmp, v_cmp, parts, lse, imp, peak, *strides(q, k_cmp, v_cmp), query_tiles=query_tiles, **counts,
+        **where, **shapes, **compression, **rows, COLUMNS=fold["COLUMNS"], HALO=fold["HALO"], FOLD=free > 0,
+        **{**config, "BLOCK_N": fold["BLOCK_N"]}, PDL=_overlaps(q.device),
     )  # fmt: skip
     heads, kept = next_power_of_2(G), next_power_of_2(max(1, free))
     width = max(kept, min(_MAX_WIDTH, 128 if S <= 128 else 1024))
     joining = max(16, min(width, _JOINED // heads))
     keys = torch.empty(B, T, H, 2 * width, dtype=torch.int64, device=q.device)
     _merge_kernel[(T, H, B)](
-        lse, imp, peak, spill, joined, keys, block_indices, **counts, **where, **compression, **forced,
+        lse, imp, peak, joined, keys, block_indices, **counts, **where, **compression, **forced,
         BLOCKS=select_block_size, G=G, HEADS=heads, SPLITS=next_power_of_2(splits), JOINED=joining, WIDTH=width,
         KEPT=kept, WIDTH_OUT=next_power_of_2(num_selected_blocks), num_warps=_MERGE_WARPS, enable_fp_fusion=True,
         **chained,
     )  # fmt: skip
-    _selected_kernel[(chosen_splits, T * H * single["GROUPS"], B)](
-        q, k, v, block_indices, parts, lse, *strides(q, k, v), first_split=first_splits, all_splits=all_splits,
-        splits=chosen_splits, **where, **shapes, **single, **forced, BLOCKS=select_block_size,
-        **config_single, **chained,
+    # fewer tiles ahead leave room for more programs: for those of the window beside those that wait for the choice
+    _selected_kernel[(T * H * single["GROUPS"], B, window_splits + chosen_splits)](
+        q, k, v, k_win, v_win, block_indices, parts, lse, *strides(q, k, v, k_win, v_win), TW=k_win.shape[1],
+        window_splits=window_splits, first_split=splits, all_splits=all_splits, **where, **shapes, **single, **forced,
+        BLOCKS=select_block_size, W=window_size, RING=window_ring,
+        **{**config_single, "num_stages": min(2, config_single["num_stages"])}, **chained,
     )  # fmt: skip
     parts_tile = next_power_of_2(all_splits)
     _combine_kernel[(HQ, T, B)](
@@ -316,30 +315,29 @@ def _store_split(o_ptr, lse_ptr, row, used, m_log2, z, acc_1, acc_2, DV: tl.cons
 
 @triton.jit(do_not_specialize=_VARYING)
 def _partial_kernel(
-    q_ptr, k_cmp_ptr, v_cmp_ptr, k_win_ptr, v_win_ptr, o_ptr, lse_ptr, imp_ptr, peak_ptr, spill_ptr,
-    stride_qb, stride_qt, stride_qh, stride_kcb, stride_kct, stride_kch, stride_vcb, stride_vct, stride_vch,
-    stride_kwb, stride_kwt, stride_kwh, stride_vwb, stride_vwt, stride_vwh,
-    q_offset, leftpad_ptr, stride_offset, T, HQ, C, TW, S, tiles, splits, all_splits, query_tiles, scale,
+    q_ptr, k_cmp_ptr, v_cmp_ptr, o_ptr, lse_ptr, imp_ptr, peak_ptr,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    q_offset, leftpad_ptr, stride_offset, T, HQ, C, S, tiles, splits, all_splits, query_tiles, scale,
     OFFSET: tl.constexpr, LEFTPAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
-    RATIO: tl.constexpr, COLUMNS: tl.constexpr, HALO: tl.constexpr, OUT: tl.constexpr, W: tl.constexpr,
-    RING: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, GT: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    RATIO: tl.constexpr, COLUMNS: tl.constexpr, HALO: tl.constexpr, OUT: tl.constexpr, FOLD: tl.constexpr,
+    PRECISION: tl.constexpr, TILE: tl.constexpr, GT: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attention of a tile of queries to a share of the compressed blocks, with their importances, or of the window.
+    """Attention of a tile of queries to a share of the compressed blocks, with their importances.
 
     Column c of a tile of compressed blocks is block RATIO · j + c % COLUMNS of selectable block j = j0 + c // COLUMNS;
-    what they add to the importances of the HALO selectable blocks behind the tile is noted apart. Peaks are whole
-    numbers, so that equal scores stay equal in the importances of different tiles.
+    the first HALO selectable blocks only lend their compressed blocks to the importances of the ones after them.
+    Peaks are whole numbers, so that equal scores stay equal in the importances of different tiles.
 
-    Grid: (H * GROUPS * query_tiles, B, splits + splits of the window), the long shares first.
+    Grid: (H * GROUPS * query_tiles, B, splits)
     """
     if PDL:
         gdc_launch_dependents()
     i_tile, i_b, i_split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     start = i_tile % query_tiles * TILE
     i_h, i_g = i_tile // query_tiles // GROUPS, i_tile // query_tiles % GROUPS
-    pos0, pad = _first_position(i_b, q_offset, leftpad_ptr, stride_offset, OFFSET, LEFTPAD)
+    pos0, _ = _first_position(i_b, q_offset, leftpad_ptr, stride_offset, OFFSET, LEFTPAD)
     i_q, i_head, used = _query_rows(start, T, i_h, i_g, TILE, GT, G, BLOCK_M)
     position = pos0 + i_q
     row = (i_b * T + i_q) * HQ + i_head
@@ -351,77 +349,48 @@ def _partial_kernel(
     acc_1, acc_2 = empty_pair(BLOCK_M, DV1, DV2)
     offs_n = tl.arange(0, BLOCK_N)
 
-    if i_split < splits:
-        blocks = visible_blocks(pos0 + T - 1, C, SIZE, STRIDE)
-        live = _live_tiles(blocks, tiles, SIZE, STRIDE, RATIO, OUT)
-        share = tl.cdiv(live, splits)
-        n_visible = visible_blocks(position, blocks, SIZE, STRIDE)
-        offs_j = tl.arange(0, BLOCK_N // COLUMNS)
-        k_ptrs = k_cmp_ptr + i_b * stride_kcb + i_h * stride_kch
-        v_ptrs = v_cmp_ptr + i_b * stride_vcb + i_h * stride_vch
-        for i_keys in range(i_split * share, tl.minimum((i_split + 1) * share, live)):
-            j0 = i_keys * OUT
-            offs_key = (j0 + offs_n // COLUMNS) * RATIO + offs_n % COLUMNS
-            mask_key = (offs_key < blocks) & (offs_n % COLUMNS < RATIO)
-            k_1, k_2 = load_pair(k_ptrs + offs_key.to(tl.int64) * stride_kct, mask_key, D, D1, D2, True)
-            v_1, v_2 = load_pair(v_ptrs + offs_key.to(tl.int64) * stride_vct, mask_key, DV, DV1, DV2, True)
-            s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION) * scale_log2
-            s = tl.where(mask_key[None, :] & (offs_key[None, :] < n_visible[:, None]), s, float("-inf"))
-            m_new = tl.maximum(m, tl.ceil(tl.max(s, 1)))
-            p = tl.exp2(s - m_new[:, None])
-            if FOLD:
-                i_row = row * tiles + i_keys
-                imp = fold(p, 0, RATIO, COLUMNS, SIZE // STRIDE)
-                for shift in tl.static_range(1, HALO + 1):
-                    before = fold(p, shift, RATIO, COLUMNS, SIZE // STRIDE)
-                    index = tl.broadcast_to(tl.maximum(offs_j - shift, 0)[None, :], before.shape)
-                    imp += tl.where((offs_j >= shift)[None, :], tl.gather(before, index, 1), 0.0)
-                for behind in tl.static_range(HALO):
-                    spilled = tl.zeros([BLOCK_M], dtype=tl.float32)
-                    for shift in tl.static_range(behind + 1, HALO + 1):
-                        before = fold(p, shift, RATIO, COLUMNS, SIZE // STRIDE)
-                        spilled += tl.sum(tl.where((offs_j == OUT + behind - shift)[None, :], before, 0.0), 1)
-                    tl.store(spill_ptr + i_row * HALO + behind, spilled, mask=used)
-                mask_j = used[:, None] & (j0 + offs_j < S)[None, :]
-                tl.store(imp_ptr + row[:, None] * S + (j0 + offs_j)[None, :], imp, mask=mask_j)
-                tl.store(peak_ptr + i_row, m_new, mask=used)
-            alpha = tl.exp2(m - m_new)
-            z = z * alpha + tl.sum(p, 1)
-            acc_1 = acc_1 * alpha[:, None]
-            if DV2 > 0:
-                acc_2 = acc_2 * alpha[:, None]
-            acc_1, acc_2 = add_product(acc_1, acc_2, p.to(v_1.dtype), v_1, v_2, DV2, PRECISION)
-            m = m_new
-    else:
-        first = pos0 + T - TW  # position of the first key
-        low = tl.maximum(tl.maximum(pos0 + start - W + 1, first), 0)
-        high = pos0 + tl.minimum(start + TILE, T)
-        share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), tl.num_programs(2) - splits) * BLOCK_N
-        low += (i_split - splits) * share
-        k_ptrs = k_win_ptr + i_b * stride_kwb + i_h * stride_kwh
-        v_ptrs = v_win_ptr + i_b * stride_vwb + i_h * stride_vwh
-        for key in range(low, tl.minimum(low + share, high), BLOCK_N):
-            keys = key + offs_n
-            mask_key = keys < high
-            index = ((keys + pad) % TW if RING else keys - first).to(tl.int64)
-            k_1, k_2 = load_pair(k_ptrs + index * stride_kwt, mask_key, D, D1, D2, True)
-            v_1, v_2 = load_pair(v_ptrs + index * stride_vwt, mask_key, DV, DV1, DV2, True)
-            s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
-            distance = position[:, None] - keys[None, :]
-            s = tl.where((distance >= 0) & (distance < W), s, float("-inf"))
-            m, z, acc_1, acc_2 = softmax_step(s, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION)
-        m *= scale_log2
+    blocks = visible_blocks(pos0 + T - 1, C, SIZE, STRIDE)
+    live = _live_tiles(blocks, tiles, SIZE, STRIDE, RATIO, OUT)
+    share = tl.cdiv(live, splits)
+    n_visible = visible_blocks(position, blocks, SIZE, STRIDE)
+    offs_j = tl.arange(0, BLOCK_N // COLUMNS)
+    k_ptrs = k_cmp_ptr + i_b * stride_kb + i_h * stride_kh
+    v_ptrs = v_cmp_ptr + i_b * stride_vb + i_h * stride_vh
+    for i_keys in range(i_split * share, tl.minimum((i_split + 1) * share, live)):
+        j0 = i_keys * OUT - HALO
+        offs_key = (j0 + offs_n // COLUMNS) * RATIO + offs_n % COLUMNS
+        mask_key = (offs_key >= 0) & (offs_key < blocks) & (offs_n % COLUMNS < RATIO)
+        own = offs_n >= HALO * COLUMNS
+        k_1, k_2 = load_pair(k_ptrs + offs_key.to(tl.int64) * stride_kt, mask_key, D, D1, D2, True)
+        v_1, v_2 = load_pair(v_ptrs + offs_key.to(tl.int64) * stride_vt, mask_key & own, DV, DV1, DV2, True)
+        s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION) * scale_log2
+        s = tl.where(mask_key[None, :] & (offs_key[None, :] < n_visible[:, None]), s, float("-inf"))
+        m_new = tl.maximum(m, tl.ceil(tl.max(s, 1)))
+        p = tl.exp2(s - m_new[:, None])
+        if FOLD:
+            imp = fold_tile(p, RATIO, COLUMNS, HALO, SIZE // STRIDE)
+            mask_j = (offs_j >= HALO) & (offs_j < HALO + OUT) & (j0 + offs_j < S)
+            tl.store(imp_ptr + row[:, None] * S + (j0 + offs_j)[None, :], imp, mask=used[:, None] & mask_j[None, :])
+            tl.store(peak_ptr + row * tiles + i_keys, m_new, mask=used)
+        p = tl.where(own[None, :], p, 0.0)
+        alpha = tl.exp2(m - m_new)
+        z = z * alpha + tl.sum(p, 1)
+        acc_1 = acc_1 * alpha[:, None]
+        if DV2 > 0:
+            acc_2 = acc_2 * alpha[:, None]
+        acc_1, acc_2 = add_product(acc_1, acc_2, p.to(v_1.dtype), v_1, v_2, DV2, PRECISION)
+        m = m_new
     _store_split(o_ptr, lse_ptr, row * all_splits + i_split, used, m, z, acc_1, acc_2, DV, DV1, DV2)
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def _merge_kernel(
-    lse_ptr, imp_ptr, peak_ptr, spill_ptr, joined_ptr, keys_ptr, out_ptr,
+    lse_ptr, imp_ptr, peak_ptr, joined_ptr, keys_ptr, out_ptr,
     q_offset, leftpad_ptr, stride_offset, T, HQ, C, S, tiles, splits, all_splits,
     OFFSET: tl.constexpr, LEFTPAD: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr,
-    HALO: tl.constexpr, OUT: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr,
-    LOCAL: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr, JOINED: tl.constexpr,
-    WIDTH: tl.constexpr, KEPT: tl.constexpr, WIDTH_OUT: tl.constexpr, PDL: tl.constexpr,
+    OUT: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+    G: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr, JOINED: tl.constexpr, WIDTH: tl.constexpr,
+    KEPT: tl.constexpr, WIDTH_OUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Block indices of a query: the forced blocks, and those of the highest importance, summed over splits and heads.
 
@@ -466,21 +435,14 @@ def _merge_kernel(
         i_head = offs // JOINED
         imp_ptr += row * S
         peak_ptr += row * tiles
-        spill_ptr += row * tiles * HALO
         for j0 in range(0, stop, JOINED):
             offs_j = j0 + offs % JOINED
             mask = (i_head < G) & (offs_j < known)
             imp = tl.reshape(tl.load(imp_ptr + i_head * S + offs_j, mask=mask, other=0.0), [HEADS, JOINED])
-            i_tile = i_head * tiles + offs_j // OUT
-            peak = tl.reshape(tl.load(peak_ptr + i_tile, mask=mask, other=NEGATIVE), [HEADS, JOINED])
-            total = imp * tl.exp2(peak - whole[:, None])
-            if HALO > 0:
-                mask &= (offs_j % OUT < HALO) & (offs_j >= OUT)
-                peak = tl.reshape(tl.load(peak_ptr + i_tile - 1, mask=mask, other=NEGATIVE), [HEADS, JOINED])
-                spill = tl.load(spill_ptr + (i_tile - 1) * HALO + offs_j % OUT, mask=mask, other=0.0)
-                total += tl.reshape(spill, [HEADS, JOINED]) * tl.exp2(peak - whole[:, None])
+            peak = tl.load(peak_ptr + i_head * tiles + offs_j // OUT, mask=mask, other=NEGATIVE)
+            factor = tl.exp2(tl.reshape(peak, [HEADS, JOINED]) - whole[:, None]) * rest[:, None]
             offs_j = j0 + tl.arange(0, JOINED)
-            tl.store(joined_ptr + offs_j, tl.sum(total * rest[:, None], 0), mask=offs_j < stop)
+            tl.store(joined_ptr + offs_j, tl.sum(imp * factor, 0), mask=offs_j < stop)
 
         best = tl.zeros([KEPT], dtype=tl.int64)
         for j0 in range(0, stop, WIDTH):
@@ -544,23 +506,25 @@ def _narrow(keys, keys_ptr, KEPT: tl.constexpr, GROUPS: tl.constexpr):
     return chosen
 
 
-@triton.jit(do_not_specialize=[*_VARYING, "first_split"])
+@triton.jit(do_not_specialize=[*_VARYING, "window_splits", "first_split"])
 def _selected_kernel(
-    q_ptr, k_ptr, v_ptr, index_ptr, o_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, k_win_ptr, v_win_ptr, index_ptr, o_ptr, lse_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    q_offset, leftpad_ptr, stride_offset, T, HQ, splits, first_split, all_splits, scale,
+    stride_kwb, stride_kwt, stride_kwh, stride_vwb, stride_vwt, stride_vwh,
+    q_offset, leftpad_ptr, stride_offset, T, HQ, TW, window_splits, first_split, all_splits, scale,
     OFFSET: tl.constexpr, LEFTPAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr,
-    INITIAL: tl.constexpr, LOCAL: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr, GT: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    INITIAL: tl.constexpr, LOCAL: tl.constexpr, BLOCKS: tl.constexpr, W: tl.constexpr, RING: tl.constexpr,
+    TILE: tl.constexpr, GT: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one query to a share of its chosen blocks.
+    """Attention of one query to a share of its window, or of its chosen blocks.
 
-    Grid: (splits, T * H * GROUPS, B)
+    Grid: (T * H * GROUPS, B, splits of the window + of the chosen blocks), those first that wait for nothing.
     """
-    i_split, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    i_g, i_t = tl.program_id(1) % GROUPS, tl.program_id(1) // GROUPS % T
-    i_h, heads = tl.program_id(1) // GROUPS // T, tl.num_programs(1) // GROUPS // T
+    i_row, i_b, i_split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    i_g, i_t = i_row % GROUPS, i_row // GROUPS % T
+    i_h, heads = i_row // GROUPS // T, tl.num_programs(0) // GROUPS // T
     pos0, pad = _first_position(i_b, q_offset, leftpad_ptr, stride_offset, OFFSET, LEFTPAD)
     i_q, i_head, used = _query_rows(i_t, i_t + 1, i_h, i_g, TILE, GT, G, BLOCK_M)
     q_ptrs = q_ptr + i_b * stride_qb + i_q * stride_qt + i_head * stride_qh
@@ -571,36 +535,54 @@ def _selected_kernel(
     acc_1, acc_2 = empty_pair(BLOCK_M, DV1, DV2)
 
     position = pos0 + i_t
-    own = tl.where(position >= 0, position // BLOCKS, -1)
-    chosen = tl.minimum(own + 1, N)
-    tiles = tl.cdiv(chosen * BLOCKS, BLOCK_N)
-    # the forced blocks come first: they are known before the kernel before has ended
-    FORCED: tl.constexpr = INITIAL + LOCAL
-    known = tl.where((own < N) | (FORCED == N), tiles, FORCED * BLOCKS // BLOCK_N)
-    later = i_split + tl.cdiv(tl.maximum(known - i_split, 0), splits) * splits
-    index_ptr += ((i_b * T + i_t) * heads + i_h) * N
-    k_ptrs = k_ptr + i_b * stride_kb + i_h * stride_kh
-    v_ptrs = v_ptr + i_b * stride_vb + i_h * stride_vh
-    for part in tl.static_range(2):
-        if part == 1:
-            _wait_for_the_kernel_before(PDL)
-        for i_tile in range(i_split if part == 0 else later, known if part == 0 else tiles, splits):
-            offs_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            # one index where a tile lies in one block
-            order = i_tile * BLOCK_N // BLOCKS if BLOCKS % BLOCK_N == 0 else offs_n // BLOCKS
-            if part == 0:
-                block = tl.where(order < tl.where(own < N, N, INITIAL), order, own - (FORCED - 1 - order))
-            else:
-                slot = tl.where(order < FORCED, order + N - FORCED, order - LOCAL)
-                block = tl.load(index_ptr + tl.where(order < INITIAL, order, slot), mask=order < chosen, other=0)
-            token = block * BLOCKS + offs_n % BLOCKS
-            mask_key = (offs_n < chosen * BLOCKS) & (token <= position)
-            slot = (token + pad).to(tl.int64)
-            k_1, k_2 = load_pair(k_ptrs + slot * stride_kt, mask_key, D, D1, D2, True)
-            v_1, v_2 = load_pair(v_ptrs + slot * stride_vt, mask_key, DV, DV1, DV2, True)
+    if i_split < window_splits:
+        first = pos0 + T - TW  # position of the first key
+        low = tl.maximum(tl.maximum(position - W + 1, first), 0)
+        share = tl.cdiv(tl.cdiv(tl.maximum(position + 1 - low, 0), BLOCK_N), window_splits) * BLOCK_N
+        low += i_split * share
+        k_ptrs = k_win_ptr + i_b * stride_kwb + i_h * stride_kwh
+        v_ptrs = v_win_ptr + i_b * stride_vwb + i_h * stride_vwh
+        for key in range(low, tl.minimum(low + share, position + 1), BLOCK_N):
+            keys = key + tl.arange(0, BLOCK_N)
+            mask_key = keys <= position
+            index = ((keys + pad) % TW if RING else keys - first).to(tl.int64)
+            k_1, k_2 = load_pair(k_ptrs + index * stride_kwt, mask_key, D, D1, D2, True)
+            v_1, v_2 = load_pair(v_ptrs + index * stride_vwt, mask_key, DV, DV1, DV2, True)
             s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
             s = tl.where(mask_key[None, :], s, float("-inf"))
             m, z, acc_1, acc_2 = softmax_step(s, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION)
+    else:
+        i_part, parts = i_split - window_splits, tl.num_programs(2) - window_splits
+        own = tl.where(position >= 0, position // BLOCKS, -1)
+        chosen = tl.minimum(own + 1, N)
+        tiles = tl.cdiv(chosen * BLOCKS, BLOCK_N)
+        # the forced blocks come first: they are known before the kernel before has ended
+        FORCED: tl.constexpr = INITIAL + LOCAL
+        known = tl.where((own < N) | (FORCED == N), tiles, FORCED * BLOCKS // BLOCK_N)
+        later = i_part + tl.cdiv(tl.maximum(known - i_part, 0), parts) * parts
+        index_ptr += ((i_b * T + i_t) * heads + i_h) * N
+        k_ptrs = k_ptr + i_b * stride_kb + i_h * stride_kh
+        v_ptrs = v_ptr + i_b * stride_vb + i_h * stride_vh
+        for part in tl.static_range(2):
+            if part == 1:
+                _wait_for_the_kernel_before(PDL)
+            for i_tile in range(i_part if part == 0 else later, known if part == 0 else tiles, parts):
+                offs_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+                # one index where a tile lies in one block
+                order = i_tile * BLOCK_N // BLOCKS if BLOCKS % BLOCK_N == 0 else offs_n // BLOCKS
+                if part == 0:
+                    block = tl.where(order < tl.where(own < N, N, INITIAL), order, own - (FORCED - 1 - order))
+                else:
+                    slot = tl.where(order < FORCED, order + N - FORCED, order - LOCAL)
+                    block = tl.load(index_ptr + tl.where(order < INITIAL, order, slot), mask=order < chosen, other=0)
+                token = block * BLOCKS + offs_n % BLOCKS
+                mask_key = (offs_n < chosen * BLOCKS) & (token <= position)
+                slot = (token + pad).to(tl.int64)
+                k_1, k_2 = load_pair(k_ptrs + slot * stride_kt, mask_key, D, D1, D2, True)
+                v_1, v_2 = load_pair(v_ptrs + slot * stride_vt, mask_key, DV, DV1, DV2, True)
+                s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
+                s = tl.where(mask_key[None, :], s, float("-inf"))
+                m, z, acc_1, acc_2 = softmax_step(s, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION)
     row = ((i_b * T + i_q) * HQ + i_head) * all_splits + first_split + i_split
     _store_split(o_ptr, lse_ptr, row, used, m * scale_log2, z, acc_1, acc_2, DV, DV1, DV2)
 

@@ -185,23 +185,20 @@ def _last_block(layout, first, size, row_tiles, tile, select_block_size, S):
     return min(S - 1, (layout.q_offset + stop - 1) // select_block_size)
 
 
-def fold_sizes(compress_block_size, compress_stride, select_block_size, narrowest=128, halo_in_tile=True):
+def fold_sizes(compress_block_size, compress_stride, select_block_size, narrowest=128):
     """How a tile of at least `narrowest` compressed blocks becomes a row of importances.
-
-    Args:
-        halo_in_tile: A tile has the compressed blocks of HALO selectable blocks before its own too.
 
     Returns:
         RATIO: Compressed blocks that start in a selectable block. COLUMNS: its next power of two.
-        HALO: Selectable blocks behind its own that a compressed block can reach into.
+        HALO: Selectable blocks before its own that a compressed block can end in.
         BLOCK_N: Compressed blocks of a tile. OUT: Importances of a tile, without the halo.
     """
     ratio = select_block_size // compress_stride
     columns = next_power_of_2(ratio)
     halo = cdiv(compress_block_size // compress_stride - 1, ratio)
     for block in (16, 32, 64, 128, 256):
-        out = block // columns - (halo if halo_in_tile else 0)
         if block >= narrowest and block // columns > halo:
+            out = block // columns - halo
             return {"RATIO": ratio, "COLUMNS": columns, "HALO": halo, "BLOCK_N": block, "OUT": out}
     raise NotImplementedError(
         "`compress_block_size` and `select_block_size` must be at most about 128 strides for the Triton kernels, got "
@@ -297,17 +294,17 @@ def _score_kernel(
 @triton.jit
 def fold_tile(p, RATIO: tl.constexpr, COLUMNS: tl.constexpr, HALO: tl.constexpr, OVERLAP: tl.constexpr):
     """Importances of the selectable blocks of a tile of probabilities; of the first HALO only a part."""
-    imp = fold(p, 0, RATIO, COLUMNS, OVERLAP)
+    imp = _fold(p, 0, RATIO, COLUMNS, OVERLAP)
     offs_j = tl.arange(0, p.shape[1] // COLUMNS)
     for shift in tl.static_range(1, HALO + 1):
-        before = fold(p, shift, RATIO, COLUMNS, OVERLAP)
+        before = _fold(p, shift, RATIO, COLUMNS, OVERLAP)
         index = tl.broadcast_to(tl.maximum(offs_j - shift, 0)[None, :], before.shape)
         imp += tl.gather(before, index, 1)
     return imp
 
 
 @triton.jit
-def fold(p, shift: tl.constexpr, RATIO: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr):
+def _fold(p, shift: tl.constexpr, RATIO: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr):
     """What compressed blocks that start in block j add to the importance of block j + shift: `[M, columns // COLUMNS]`.
 
     Compressed block RATIO · j + m counts once for every k in 0 … OVERLAP - 1 with m + k inside block j + shift (eq. 9).
