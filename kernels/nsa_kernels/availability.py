@@ -9,8 +9,10 @@ import torch
 
 __all__ = ["triton_error"]
 
+# searched for once: torch.compile cannot trace the search
+_INSTALLED = importlib.util.find_spec("triton") is not None
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace the search for Triton
+
 def triton_error(device: torch.device | str | None = None) -> str | None:
     """Reason why the Triton kernels cannot run, or None if they can.
 
@@ -23,7 +25,7 @@ def triton_error(device: torch.device | str | None = None) -> str | None:
     Returns:
         A sentence for an error message, or None.
     """
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED:
         return "Triton is not installed; install it with `pip install triton`."
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
@@ -33,7 +35,7 @@ def triton_error(device: torch.device | str | None = None) -> str | None:
         )
     if device is not None and torch.device(device).type != "cuda":
         return f"the inputs are on {torch.device(device)}, and the kernels run on CUDA devices."
-    found = torch.cuda.get_device_properties(device)
+    found = torch.cuda.get_device_properties(device)  # which torch.compile takes for a constant
     if found.major < 8:
         return f"the kernels need compute capability 8.0 or newer, and this device has {found.major}.{found.minor}."
     return None
