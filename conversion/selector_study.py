@@ -35,10 +35,8 @@ __all__ = ["DESIGNS", "main", "study"]
 
 # name: (settings of `convert`, target of the selector's loss, learning rate), or no target for the start itself
 DESIGNS: dict[str, tuple[dict[str, Any], str | None, float]] = {
-    "mean": ({"compress_type": "mean"}, None, 0.0),
-    "mean 16/8": ({"compress_type": "mean", "compress_block_size": 16, "compress_stride": 8}, None, 0.0),
-    "pool": ({"compress_type": "pool"}, None, 0.0),
-    "pool 16/8": ({"compress_type": "pool", "compress_block_size": 16, "compress_stride": 8}, None, 0.0),
+    "mean": ({"compress_type": "pool"}, None, 0.0),
+    "mean 16/8": ({"compress_type": "pool", "compress_block_size": 16, "compress_stride": 8}, None, 0.0),
     "mlp mass": ({"compress_type": "residual_mlp"}, "mass", 1e-3),
     "mlp vector": ({"compress_type": "residual_mlp"}, "vector", 1e-3),
     "pool mass": ({"compress_type": "pool"}, "mass", 3e-3),

@@ -84,7 +84,6 @@ class NSACompression(nn.Module):
         hidden = config.compress_hidden_size or 2 * config.head_dim
         if self.compress_type == "pool":
             self.pos_bias = nn.Parameter(torch.empty(config.compress_block_size))
-            self.norm_weight = nn.Parameter(torch.empty(1))
             self.w1 = nn.Parameter(torch.empty(hidden, head_dim))
             self.b1 = nn.Parameter(torch.empty(hidden))
             self.w2 = nn.Parameter(torch.empty(hidden))
@@ -95,17 +94,6 @@ class NSACompression(nn.Module):
             self.b1 = nn.Parameter(torch.empty(hidden))
             self.w2 = nn.Parameter(torch.empty(head_dim, hidden))
             self.b2 = nn.Parameter(torch.empty(head_dim))
-
-    @torch.no_grad()
-    def pool_outliers(self):
-        """Let "pool" start from the keys that stand out in a block, instead of from the mean of all.
-
-        Keys of a trained model scatter around a mean that is longer than they are wide, so those far from it are short:
-        their norms, which the k-norm would make equal, tell them without any data. Such keys are more different from
-        each other than means are, and are scaled down.
-        """
-        self.norm_weight.fill_(-1.0)
-        self.linear.copy_(-0.5 * torch.eye(len(self.linear)))
 
     def forward(self, x, x_rotated, embeddings=None, first_slot=0, num_blocks=None, cu_seqlens=None):
         """
@@ -123,8 +111,7 @@ class NSACompression(nn.Module):
         if self.compress_type == "mean":
             return compress_mean(x_rotated, **where)
         if self.compress_type == "pool":
-            weights = self.pos_bias, self.norm_weight, self.w1, self.b1, self.w2
-            out = compress_pool(x, x_rotated, *weights, **where)
+            out = compress_pool(x, x_rotated, self.pos_bias, self.w1, self.b1, self.w2, **where)
             change = F.linear(out if embeddings is None else _unrotate(out, *embeddings).to(out.dtype), self.linear)
             return out + (change if embeddings is None else _rotate(change, *embeddings)).to(out.dtype)
         out = compress_mlp(x, self.pos_embed, self.w1, self.b1, self.w2, self.b2, **where)
@@ -496,9 +483,8 @@ def init_nsa_parameters(module: nn.Module, std: float) -> None:
             else:
                 init.zeros_(part.w2)
             pool = part.compress_type == "pool"
-            zero = ("pos_bias", "norm_weight", "b1", "linear") if pool else ("pos_embed", "b1", "b2")
-            for name in zero:
-                init.zeros_(getattr(part, name))
+            for parameter in (part.pos_bias, part.b1, part.linear) if pool else (part.pos_embed, part.b1, part.b2):
+                init.zeros_(parameter)
         elif isinstance(part, NSAGate):
             init.normal_(part.fc1.weight, mean=0.0, std=std)
             init.zeros_(part.fc1.bias)

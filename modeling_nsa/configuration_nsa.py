@@ -74,9 +74,8 @@ class NSAConfig(PreTrainedConfig):
             d: tokens between the starts of two compression blocks. Divides l and l'.
         compress_type (`str`, defaults to `"residual_mlp"`):
             φ: `"mean"` of the block's (rotated) keys and values, the paper's `"mlp"` over keys before RoPE and values,
-            `"residual_mlp"`, their sum, or `"pool"`, a mean with weights that depend on the content of the block;
-            conversion lets it start from the keys that stand out. One φ for keys and one for values, alike for every
-            head.
+            `"residual_mlp"`, their sum, or `"pool"`, a mean with weights that depend on the content of the block. One φ
+            for keys and one for values, alike for every head.
         compress_hidden_size (`int`, *optional*):
             Hidden units of φ. Defaults to `2 * head_dim`.
         select_block_size (`int`, defaults to 64):

@@ -25,7 +25,7 @@ def make(shape, block_size, hidden=6, dtype=torch.float64):
 
     D, x = shape[-1], draw(*shape)
     mlp = [x, draw(block_size, D), draw(hidden, block_size * D), draw(hidden), draw(D, hidden), draw(D)]
-    pool = [x, draw(*shape), draw(block_size), draw(1), draw(hidden, D), draw(hidden), draw(hidden)]
+    pool = [x, draw(*shape), draw(block_size), draw(hidden, D), draw(hidden), draw(hidden)]
     return {"compress_mean": [x], "compress_mlp": mlp, "compress_pool": pool}
 
 

@@ -176,23 +176,6 @@ def test_new_parameters_follow_the_rule_and_the_seed(tmp_path, llama):
         assert torch.equal(a[prefix + "k_proj.weight"], a[f"{prefix}k_proj{branch}.weight"])
 
 
-@pytest.mark.parametrize(("arch", "outliers"), [("llama", True), ("qwen3", False)])
-def test_pooling_starts_from_the_keys_that_stand_out(tmp_path, arch, outliers):
-    """A k-norm leaves no lengths to tell them by."""
-    run(tiny.make_checkpoint(tmp_path / "dense", arch), tmp_path / "nsa", compress_type="pool")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "nsa")
-    for layer in model.model.layers:
-        keys, values = layer.self_attn.compress_k, layer.self_attn.compress_v
-        assert keys.norm_weight.item() == (-1 if outliers else 0)
-        assert not values.norm_weight.any()
-        assert not values.linear.any()
-    if outliers:
-        size, dim = model.config.compress_block_size, model.config.head_dim
-        x = 20 * torch.ones(1, size, 1, dim)
-        x[0, 1, 0] = -20 * torch.eye(dim)[0]  # away from the mean, and shorter
-        torch.testing.assert_close(keys(x, x)[0, 0, 0], x[0, 1, 0] / 2)
-
-
 @pytest.mark.parametrize("shared_kv", [False, True])
 def test_every_new_parameter_learns_within_three_steps(tmp_path, shared_kv):
     source = tiny.make_checkpoint(tmp_path / "source", "qwen3")

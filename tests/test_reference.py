@@ -256,16 +256,15 @@ def test_half_precision_rounds_once(dtype):
 
 def test_pooling_weighs_the_tokens_of_a_block():
     x, pooled = torch.randn(2, 20, 3, 4), torch.randn(2, 20, 3, 6)
-    pos_bias, norm, w1, b1, w2 = weights = [torch.randn(*shape) for shape in ((8,), (1,), (5, 4), (5,), (5,))]
-    out = nsa.compress_pool(x, pooled, *weights, **COMPRESSION)
-    tokens = x[1, 4:12, 2]
-    scores = torch.stack([w2 @ F.silu(w1 @ token + b1) for token in tokens]) + norm * tokens.norm(dim=-1) + pos_bias
+    pos_bias, w1, b1, w2 = (torch.randn(*shape) for shape in ((8,), (5, 4), (5,), (5,)))
+    out = nsa.compress_pool(x, pooled, pos_bias, w1, b1, w2, **COMPRESSION)
+    scores = torch.stack([w2 @ F.silu(w1 @ token + b1) for token in x[1, 4:12, 2]]) + pos_bias
     torch.testing.assert_close(out[1, 1, 2], scores.softmax(0) @ pooled[1, 4:12, 2])
     assert out.shape == (2, 4, 3, 6)
-    mean = nsa.compress_pool(x, pooled, 0 * pos_bias, 0 * norm, w1, b1, 0 * w2, **COMPRESSION)
+    mean = nsa.compress_pool(x, pooled, 0 * pos_bias, w1, b1, 0 * w2, **COMPRESSION)
     torch.testing.assert_close(mean, nsa.compress_mean(pooled, **COMPRESSION))
     packed = nsa.compress_pool(
-        x.flatten(0, 1), pooled.flatten(0, 1), *weights, **COMPRESSION, cu_seqlens=torch.tensor([0, 20, 40])
+        x.flatten(0, 1), pooled.flatten(0, 1), pos_bias, w1, b1, w2, **COMPRESSION, cu_seqlens=torch.tensor([0, 20, 40])
     )
     torch.testing.assert_close(packed, out.flatten(0, 1))
 

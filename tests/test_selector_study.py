@@ -29,9 +29,9 @@ def test_training_a_design_finds_more_than_its_start(selector_study, tmp_path):
     texts = selector_study._texts(str(tmp_path / "texts.jsonl"), tokenizer, 160, 2)
     sizes = {name: value for name, value in SMALL_NSA.items() if not name.startswith("compress_")}
     sizes |= {"compress_block_size": 4, "compress_stride": 2}
-    designs = {"designs": ["pool", "pool mass"], "sizes": sizes, "steps": 60, "queries": 64, "progress": False}
+    designs = {"designs": ["mean", "pool mass"], "sizes": sizes, "steps": 60, "queries": 64, "progress": False}
     rows = selector_study.study(texts, texts, source=dense, **designs)
-    assert {(row["design"], row["layer"]) for row in rows} == {(d, i) for d in ("pool", "pool mass") for i in (0, 1)}
+    assert {(row["design"], row["layer"]) for row in rows} == {(d, i) for d in ("mean", "pool mass") for i in (0, 1)}
     assert any(row["queries"] == "copy" for row in rows)
     for row in rows:
         assert row["mass_recall"] <= row["dense_mass_recall"] + 1e-5
@@ -40,5 +40,5 @@ def test_training_a_design_finds_more_than_its_start(selector_study, tmp_path):
     def recall(design):
         return sum(row["mass_recall"] for row in rows if row["design"] == design)
 
-    assert recall("pool mass") > recall("pool")
+    assert recall("pool mass") > recall("mean")
     assert torch.equal(texts[0], selector_study._texts(str(tmp_path / "texts.jsonl"), tokenizer, 160, 2)[0])

@@ -477,8 +477,6 @@ class _Writer:
                 for parameter in module.parameters():
                     torch.nn.init.constant_(parameter, float("nan"))
                 init_nsa_parameters(module, self.config.initializer_range)
-        if self.config.compress_type == "pool" and not self.config.use_qk_norm:
-            attention.compress_k.pool_outliers()
         state = attention.state_dict()
         for name in self.new_names[layer]:
             tensor = state[name.split(".self_attn.", 1)[1]]

@@ -60,20 +60,19 @@ def compress_mlp(
 
 
 def compress_pool(
-    x, pooled, pos_bias, norm_weight, w1, b1, w2, *,
+    x, pooled, pos_bias, w1, b1, w2, *,
     compress_block_size, compress_stride, first_slot=0, num_blocks=None, cu_seqlens=None,
 ) -> torch.Tensor:  # fmt: skip
     """Content-dependent pooling, the softmax taken over the chunks of a block; see `reference.compress_pool`."""
     where = {"first_slot": first_slot, "num_blocks": num_blocks, "cu_seqlens": cu_seqlens}
     sizes = {"compress_block_size": compress_block_size, "compress_stride": compress_stride}
     if (found := _chunks(pooled, compress_block_size, compress_stride, **where)) is None:
-        return pool_of_copies(x, pooled, pos_bias, norm_weight, w1, b1, w2, **sizes, **where)
+        return pool_of_copies(x, pooled, pos_bias, w1, b1, w2, **sizes, **where)
     chunks, blocks = found
-    wide = _wide(pooled)
-    scores = F.linear(F.silu(F.linear(x, w1, b1)), w2[None]).to(wide)  # [B, T, H, 1]
-    scores = scores + norm_weight.to(wide) * torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    scores = F.linear(F.silu(F.linear(x, w1, b1)), w2[None])  # [B, T, H, 1]
     scores, _ = _chunks(scores, compress_block_size, compress_stride, **where)
-    chunks = chunks.to(wide)
+    wide = _wide(pooled)
+    chunks, scores = chunks.to(wide), scores.to(wide)
     peaks, sums = [], []
     for i, bias in enumerate(pos_bias.to(wide).view(-1, compress_stride, 1, 1)):
         logits = scores + bias  # [B, M, d, H, 1]

@@ -155,7 +155,6 @@ def compress_pool(
     x,
     pooled,
     pos_bias,
-    norm_weight,
     w1,
     b1,
     w2,
@@ -168,24 +167,22 @@ def compress_pool(
 ) -> torch.Tensor:
     """A φ (eq. 7) whose weights depend on the content: the tokens that stand out in a block count more than the rest.
 
-    `φ(block) = Σ_t p_t · pooled_t` with `p` the softmax over the block of
-    `w2 · silu(w1 · x_t + b1) + norm_weight · ‖x_t‖ + pos_bias_t`, for every key/value head alike. With w2, norm_weight
-    and pos_bias 0 it is the mean.
+    `φ(block) = Σ_t p_t · pooled_t` with `p = softmax over the block of w2 · silu(w1 · x_t + b1) + pos_bias_t`, for
+    every key/value head alike. With w2 and pos_bias 0 it is the mean.
 
     Args:
         x: `[B, T, H, D]`, what the weights are made from (packed: `[T, H, D]`).
         pooled: `[B, T, H, DO]` (packed: `[T, H, DO]`), what is summed.
-        pos_bias: `[l]`, norm_weight: `[1]`, w1: `[F, D]`, b1: `[F]`, w2: `[F]`.
+        pos_bias: `[l]`, w1: `[F, D]`, b1: `[F]`, w2: `[F]`.
         first_slot, num_blocks, cu_seqlens: As for `compress_mean`.
 
     Returns:
         `[B, C, H, DO]` (packed: `[C, H, DO]`), in the dtype of `pooled`.
     """
     where = (compress_block_size, compress_stride, first_slot, num_blocks, cu_seqlens)
+    scores = F.linear(F.silu(F.linear(x, w1, b1)), w2[None])  # [..., T, H, 1]
     dtype = _compute_dtype(pooled)
-    scores = F.linear(F.silu(F.linear(x, w1, b1)), w2[None]).to(dtype)  # [..., T, H, 1]
-    scores = scores + norm_weight.to(dtype) * torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    p = (_unfold_blocks(scores, *where) + pos_bias[:, None, None].to(dtype)).softmax(dim=-3)
+    p = (_unfold_blocks(scores, *where).to(dtype) + pos_bias[:, None, None].to(dtype)).softmax(dim=-3)
     return (p * _unfold_blocks(pooled, *where).to(dtype)).sum(dim=-3).to(pooled.dtype)
 
 
