@@ -3,6 +3,8 @@
 import csv
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -85,6 +87,23 @@ def test_a_recipe_says_what_is_wrong_with_it(dense, tmp_path, capsys):
         load_yaml(tmp_path / "bad.yaml")
     assert cli.main(["finetune", str(dense), "--recipe", str(tmp_path / "none.yaml"), "--output-dir", "x"]) == 2
     assert "there is no file" in capsys.readouterr().err
+
+
+def test_two_processes_convert_once_and_train_together(dense, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
+    root = Path(__file__).parents[1]
+    paths = [str(root), str(root / "kernels"), str(root / "conversion"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "nsa_conversion", "finetune", str(dense), "--recipe", str(tmp_path / "recipe.yaml")]
+    command += ["--train-file", str(dense.parent / "text.txt"), "--output-dir", str(tmp_path / "out")]
+    for steps in (["recipe: converted", "recipe: warm", "recipe: adapted"], []):  # the second time all is done
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert [line for line in done.stdout.splitlines() if line.startswith("recipe: ")] == steps
+    record = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert all(step["finished"] for step in record.values())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "adapted")
 
 
 def test_the_dense_yardstick_is_trained_like_the_sparse_model():
