@@ -264,7 +264,7 @@ def _config(dtype, D, DV, G, BLOCK_M, compress_block_size, compress_stride, sele
     """Tiles of keys for tiles of BLOCK_M rows."""
     widest, pairs = max(D, DV), any(split_head_dim(size)[1] for size in (D, DV))
     if dtype == torch.float32:
-        keys, warps, stages = (32, 8, 1) if widest <= 128 else (16, 4, 1)
+        keys, warps, stages = (32, 8, 2) if widest <= 128 else (16, 4, 1)
     else:
         keys, warps = 64, 8 if BLOCK_M > 16 and (widest > 128 or pairs) else 4
         stages = 3 if widest <= 128 else 2
