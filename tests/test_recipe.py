@@ -101,6 +101,7 @@ def test_two_processes_convert_once_and_train_together(dense, tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
         assert [line for line in done.stdout.splitlines() if line.startswith("recipe: ")] == steps
+        assert done.stdout.count("wrote the last step's model") == 1
     record = json.loads((tmp_path / "out" / "recipe.json").read_text())
     assert all(step["finished"] for step in record.values())
     AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "adapted")

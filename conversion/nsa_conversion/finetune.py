@@ -954,7 +954,7 @@ def _main_recipe(argv: list[str]) -> int:
     for name in ("overwrite", "resume_from_checkpoint", "push_to_hub", "teacher"):
         if name in given:
             raise NSAError(f"--{name.replace('_', '-')} does not go with --recipe, which is resumed by itself")
-    print(f"wrote the last step's model to {run_recipe(models[0], output, recipe, **given)}")
+    run_recipe(models[0], output, recipe, **given)
     return 0
 
 

@@ -183,6 +183,8 @@ def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **sett
         if main:
             _write_record(output / RECORD, begun)
         source = str(place)
+    if main:
+        print(f"wrote the last step's model to {source}", flush=True)
     return Path(source)
 
 
