@@ -17,4 +17,7 @@ from nsa_conversion.cli import main
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
     torch.distributed.init_process_group("gloo")
 PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
-sys.exit(main(sys.argv[1:]))
+code = main(sys.argv[1:])
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)  # a thread of a library that aborts while Python shuts down would count as a failed run
