@@ -38,12 +38,12 @@ DESIGNS: dict[str, tuple[dict[str, Any], str | None, float]] = {
     "mean": ({"compress_type": "pool"}, None, 0.0),
     "mean 16/8": ({"compress_type": "pool", "compress_block_size": 16, "compress_stride": 8}, None, 0.0),
     "mlp mass": ({"compress_type": "residual_mlp"}, "mass", 1e-3),
-    "mlp vector": ({"compress_type": "residual_mlp"}, "vector", 1e-3),
+    "mlp output": ({"compress_type": "residual_mlp"}, "output", 1e-3),
     "pool mass": ({"compress_type": "pool"}, "mass", 3e-3),
-    "pool vector": ({"compress_type": "pool"}, "vector", 3e-3),
-    "pool vector 16/8": (
+    "pool output": ({"compress_type": "pool"}, "output", 3e-3),
+    "pool output 16/8": (
         {"compress_type": "pool", "compress_block_size": 16, "compress_stride": 8},
-        "vector",
+        "output",
         3e-3,
     ),
 }

@@ -60,25 +60,20 @@ def test_statistics_are_those_of_dense_attention(monkeypatch):
     q, k, v = torch.randn(40, 4, 8), torch.randn(40, 2, 8), torch.randn(40, 2, 6)
     positions = torch.tensor([3, 17, 18, 39])
     settings = {"select_block_size": 8, "window_size": 10, "scale": 0.4}
-    mass, outside = dense_statistics(q[positions], k, v, positions, **settings)
-    weighted, _ = dense_statistics(q[positions], k, v, positions, **settings, target="output")
+    worth, outside = dense_statistics(q[positions], k, v, positions, **settings)
+    mass, _ = dense_statistics(q[positions], k, v, positions, **settings, target="mass")
     keys, values = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
     scores = 0.4 * torch.einsum("qhd,khd->hqk", q, keys)
     p = scores.masked_fill(torch.ones(40, 40).triu(1).bool(), float("-inf")).softmax(-1)[:, positions]
     expected = p.unflatten(-1, (5, 8)).sum(-1).unflatten(0, (2, 2)).sum(1).transpose(0, 1)
     torch.testing.assert_close(mass, expected)
-    p_norm = p * values.norm(dim=-1).T[:, None]
-    torch.testing.assert_close(
-        weighted, p_norm.unflatten(-1, (5, 8)).sum(-1).unflatten(0, (2, 2)).sum(1).transpose(0, 1)
-    )
-    vectors, _ = dense_statistics(q[positions], k, v, positions, **settings, target="vector")
     added = torch.einsum("hqsk,hskd->hqsd", p.unflatten(-1, (5, 8)), values.transpose(0, 1).unflatten(1, (5, 8)))
-    torch.testing.assert_close(vectors, added.norm(dim=-1).unflatten(0, (2, 2)).sum(1).transpose(0, 1))
+    torch.testing.assert_close(worth, added.square().sum(-1).unflatten(0, (2, 2)).sum(1).transpose(0, 1))
     far = p * (torch.arange(40) <= positions[:, None] - 10)
     renormalised = torch.einsum("hqk,khd->qhd", far, values) / far.sum(-1).T[..., None].clamp(min=1e-30)
     torch.testing.assert_close(outside, renormalised)
     monkeypatch.setattr(distill, "_MAX_SCORES", 2 * 4 * 40)  # two queries at a time
-    for whole, chunked in zip((mass, outside), dense_statistics(q[positions], k, v, positions, **settings)):
+    for whole, chunked in zip((worth, outside), dense_statistics(q[positions], k, v, positions, **settings)):
         torch.testing.assert_close(whole, chunked)
 
 
@@ -107,16 +102,19 @@ def test_selector_losses_equal_a_direct_computation(layer):
             lse = scores.logsumexp(-1).T[None]
             imp = importance(q[None, part], k_cmp[None], lse, num_blocks=-(-(stop - start) // 8), **sizes)[0]
             every = torch.arange(stop - start)
-            mass, outside = dense_statistics(
+            worth, outside = dense_statistics(
                 q[part], k[part], v[part], every, select_block_size=8, window_size=12, scale=attention.scaling
             )
             o_cmp = torch.einsum("hqc,chd->qhd", scores.softmax(-1), v_cmp.repeat_interleave(3, dim=1))
+            terms, weights = [], []
             for t in range(32, stop - start):
                 free = slice(1, t // 8 - 1)  # neither the first block nor the last two
                 for head in range(2):
-                    teacher, student = (m[t, head, free] / m[t, head, free].sum() for m in (mass, imp))
-                    divergence += (teacher * (teacher / student).log()).sum()
-                    count += 1
+                    teacher, student = (m[t, head, free] / m[t, head, free].sum() for m in (worth, imp))
+                    terms.append((teacher * (teacher / student).log()).sum())
+                    weights.append(worth[t, head, free].sum().sqrt())
+            divergence += len(terms) * torch.stack(terms) @ torch.stack(weights) / sum(weights)
+            count += len(terms)
             error += (o_cmp - outside)[32:].square().sum()
             norm += outside[32:].square().sum()
     selector, value = selector_losses(layer, queries)

@@ -70,7 +70,7 @@ def test_warmup_teaches_phi_and_what_it_reads(run, tmp_path):
 
 def test_warmup_teaches_a_pooling_phi_with_repeated_passages(places, tmp_path):
     convert(places / "dense", tmp_path / "nsa", progress=False, **SMALL_NSA, compress_type="pool")
-    settings = {"stage": "warmup", "max_steps": 12, "new_parameter_lr": 1e-2, "selector_target": "vector"}
+    settings = {"stage": "warmup", "max_steps": 12, "new_parameter_lr": 1e-2, "selector_target": "mass"}
     settings |= {"train_file": places / "row.txt", "repeat_share": 1.0}
     finetune(tmp_path / "nsa", tmp_path / "out", **RUN | settings)
     history = [entry for entry in json.loads((tmp_path / "out" / "log_history.json").read_text()) if "loss" in entry]
@@ -331,7 +331,7 @@ def test_evaluation_is_of_the_sparse_model(run, places, tmp_path):
         ({"stage": "adapt", "selector_queries": 0}, "--selector-queries must be at least 1, got 0"),
         (
             {"stage": "adapt", "selector_target": "max"},
-            "--selector-target must be one of mass, output, vector, got 'max'",
+            "--selector-target must be one of output, mass, got 'max'",
         ),
         ({"stage": "adapt", "new_parameter_lr": 0.0}, "--new-parameter-lr must be more than 0, got 0.0"),
         ({"stage": "adapt", "anneal_blocks": 2.0}, "--anneal-blocks must be a share of the steps, 0 to 1, got 2.0"),

@@ -40,7 +40,7 @@ __all__ = [
     "sparse_layers",
 ]
 
-SELECTOR_TARGETS = ("mass", "output", "vector")
+SELECTOR_TARGETS = ("output", "mass")
 # Probabilities held at once, in elements.
 _MAX_SCORES = 2**26
 _LOGIT_ROWS = 2048
@@ -200,10 +200,10 @@ def dense_statistics(
     select_block_size: int,
     window_size: int,
     scale: float,
-    target: str = "mass",
+    target: str = "output",
     outside: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Mass of causal dense attention by block, and its output outside the window, in chunks of queries.
+    """What every block is worth to causal dense attention, and its output outside the window, in chunks of queries.
 
     Args:
         q: `[Q, HQ, D]`, queries at `positions`, int64 `[Q]` ascending, of one document.
@@ -211,12 +211,12 @@ def dense_statistics(
         select_block_size: l', tokens.
         window_size: w, tokens.
         scale: factor of the scores.
-        target: "mass" sums probabilities, "output" probabilities times the norm of the value; "vector" takes, per
-            head, the norm of the sum of probabilities times values.
+        target: "mass" is the sum of a block's probabilities; "output" the squared norm of what it adds to the output
+            of a head, the sum of probabilities times values.
         outside: whether the output is wanted.
 
     Returns:
-        fp32 mass `[Q, H, S]`, summed over the heads of a group, S blocks cover the document; and fp32 `[Q, HQ, DV]`,
+        fp32 worth `[Q, H, S]`, summed over the heads of a group, S blocks cover the document; and fp32 `[Q, HQ, DV]`,
         attention renormalised over the tokens before the window, or None.
     """
     tokens, heads = k.shape[:2]
@@ -225,24 +225,21 @@ def dense_statistics(
     v_blocks = F.pad(v, (0, 0, 0, 0, 0, blocks * select_block_size - tokens)).unflatten(0, (blocks, -1))
     key = torch.arange(tokens, device=q.device)
     size = max(1, _MAX_SCORES // (q.shape[1] * q.shape[2] * tokens))
-    mass, outputs = [], []
+    worth, outputs = [], []
     for chunk, position in zip(q.split(size), positions.to(q.device)[:, None, None, None].split(size)):
         scores = torch.einsum("qhgd,khd->qhgk", chunk, k)
         p = scores.masked_fill(key > position, float("-inf")).softmax(dim=-1)
-        if target == "vector":
-            by_block = F.pad(p, (0, blocks * select_block_size - tokens)).unflatten(-1, (blocks, -1))
-            mass.append(torch.einsum("qhgsk,skhd->qhgsd", by_block, v_blocks).norm(dim=-1).sum(2))
+        by_block = F.pad(p, (0, blocks * select_block_size - tokens)).unflatten(-1, (blocks, -1))
+        if target == "output":
+            each = torch.einsum("qhgsk,skhd->qhgsd", by_block, v_blocks).square().sum(-1)
         else:
-            weighted = p.sum(2)
-            if target == "output":
-                weighted *= v.norm(dim=-1).T
-            weighted = F.pad(weighted, (0, blocks * select_block_size - tokens))
-            mass.append(weighted.unflatten(-1, (blocks, -1)).sum(-1))
+            each = by_block.sum(-1)
+        worth.append(each.sum(2))
         if outside:
             far = p.masked_fill_(key > position - window_size, 0.0)
             far /= far.sum(-1, keepdim=True).clamp(min=torch.finfo(far.dtype).tiny)
             outputs.append(torch.einsum("qhgk,khd->qhgd", far, v).flatten(1, 2))
-    return torch.cat(mass), torch.cat(outputs) if outside else None
+    return torch.cat(worth), torch.cat(outputs) if outside else None
 
 
 def selector_modules(attention: torch.nn.Module) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
@@ -256,15 +253,17 @@ def selector_modules(attention: torch.nn.Module) -> tuple[list[torch.nn.Module],
 def selector_losses(
     layer: LayerInput,
     queries: list[Queries],
-    target: str = "mass",
+    target: str = "output",
     values: bool = True,
     wrap: Callable[[Callable], Callable] = _unchanged,
 ) -> tuple[torch.Tensor, ...]:
     """How far φ_K is from the dense choice of blocks, and φ_V from what dense attention reads outside the window.
 
-    The first is KL(dense ‖ importance), eq. 9-10, both normalised over the visible blocks that are not forced, in nats
-    per query and group. The second is the squared error of o_cmp over the squared norm of its target. Queries, and what
-    other branches read, are detached; the compressed probabilities are, for the second.
+    The first is KL(dense ‖ importance), eq. 9-10, both normalised over the visible blocks that are not forced, in nats:
+    a mean over queries and groups, each weighed, within its document, by the root of what those blocks are worth to it.
+    Most queries read little but forced blocks, and what they leave to the others is noise. The second is the squared
+    error of o_cmp over the squared norm of its target. Queries, and what other branches read, are detached; the
+    compressed probabilities are, for the second.
 
     Args:
         layer: of `layer_inputs`.
@@ -327,7 +326,7 @@ def _dense_choice(attention, hidden_states, position_embeddings, positions, targ
     return q, *statistics
 
 
-def _taught(attention, hidden_states, position_embeddings, block_embeddings, positions, q, mass, outside):
+def _taught(attention, hidden_states, position_embeddings, block_embeddings, positions, q, worth, outside):
     """Sums over the queries of a document: the divergence, their number times groups, the squared error and norm."""
     config = attention.config
     with torch.set_grad_enabled(not config.shared_kv):
@@ -346,18 +345,21 @@ def _taught(attention, hidden_states, position_embeddings, block_embeddings, pos
         scores = torch.einsum("qhgd,chd->qhgc", q, k_cmp)
         p = scores.masked_fill(end > position[..., None], float("-inf")).softmax(dim=-1)
 
-        blocks = torch.arange(mass.shape[-1], device=q.device)
+        blocks = torch.arange(worth.shape[-1], device=q.device)
         free = blocks <= position // config.select_block_size - config.num_local_blocks
         free &= blocks >= config.num_initial_blocks
-        teacher = _normalised(mass * free)
+        worth = worth * free
+        weight = _normalised(worth.sum(-1).sqrt().flatten())  # sums to 1
+        teacher = _normalised(worth)
         student = _normalised(fold_importance(p.sum(2), num_blocks=len(blocks), **sizes) * free)
         tiny = torch.finfo(student.dtype).tiny
-        divergence = (torch.xlogy(teacher, teacher) - teacher * student.clamp(min=tiny).log()).sum()
+        divergence = (torch.xlogy(teacher, teacher) - teacher * student.clamp(min=tiny).log()).sum(-1)
         error = norm = torch.zeros((), device=q.device)
         if outside is not None:
             o_cmp = torch.einsum("qhgc,chd->qhgd", p.detach(), v_cmp).flatten(1, 2)
             error, norm = (o_cmp - outside).square().sum(), outside.square().sum()
-    return torch.stack((divergence, torch.full_like(divergence, mass.shape[0] * mass.shape[1]), error, norm))
+    count = divergence.new_full((), divergence.numel())
+    return torch.stack((count * (weight * divergence.flatten()).sum(), count, error, norm))
 
 
 def _normalised(x):

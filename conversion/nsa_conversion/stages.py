@@ -87,8 +87,8 @@ class StageArguments:
     selector_target: str | None = field(
         default=None,
         metadata={
-            "help": "warmup, adapt: what a block is worth: its dense attention mass; output, the mass times the norm "
-            "of the values; or vector, the norm of what the block adds to a head's output (default: mass).",
+            "help": "warmup, adapt: what a block is worth to a query: output, the squared norm of what dense attention "
+            "takes from it; or mass, its attention alone (default: output).",
             "choices": SELECTOR_TARGETS,
         },
     )
@@ -134,7 +134,7 @@ class StageArguments:
             "selector_weight": (("adapt",), 1.0),
             "anneal_blocks": (("adapt",), 0.0),
             "selector_queries": (("warmup", "adapt"), 1024),
-            "selector_target": (("warmup", "adapt"), "mass"),
+            "selector_target": (("warmup", "adapt"), "output"),
             "new_parameter_lr": (("warmup", "adapt"), 1e-3),
         }
         for name, matched in (("distill_weight", "logits"), ("hidden_weight", "hidden states")):
