@@ -28,7 +28,14 @@ from torch.nn import functional as F
 from nsa_conversion import NSAError, convert, load_model, smollm2_gguf
 from nsa_conversion.data import PackedRows, encode_documents, read_files, repeat_passages
 from nsa_conversion.diagnosis import block_mass
-from nsa_conversion.distill import LayerInput, choose_queries, dense_forward, layer_inputs, selector_losses
+from nsa_conversion.distill import (
+    LayerInput,
+    choose_queries,
+    dense_forward,
+    layer_inputs,
+    selector_losses,
+    selector_modules,
+)
 from nsa_kernels import importance, topn_blocks
 
 __all__ = ["DESIGNS", "main", "study"]
@@ -39,12 +46,12 @@ DESIGNS: dict[str, tuple[dict[str, Any], str | None, float]] = {
     "mean 16/8": ({"compress_type": "pool", "compress_block_size": 16, "compress_stride": 8}, None, 0.0),
     "mlp mass": ({"compress_type": "residual_mlp"}, "mass", 1e-3),
     "mlp output": ({"compress_type": "residual_mlp"}, "output", 1e-3),
-    "pool mass": ({"compress_type": "pool"}, "mass", 3e-3),
-    "pool output": ({"compress_type": "pool"}, "output", 3e-3),
+    "pool mass": ({"compress_type": "pool"}, "mass", 1e-3),
+    "pool output": ({"compress_type": "pool"}, "output", 1e-3),
     "pool output 16/8": (
         {"compress_type": "pool", "compress_block_size": 16, "compress_stride": 8},
         "output",
-        3e-3,
+        1e-3,
     ),
 }
 COPIED_TOKENS = 6
@@ -135,15 +142,16 @@ def _measure(layer: LayerInput, positions: torch.Tensor) -> tuple[float, float, 
     return float(np.mean(chosen_mass)), float(np.mean(best_mass)), error / norm
 
 
-def _train(attention, inputs: Sequence[LayerInput], queries: Sequence, target: str, steps: int, rate: float) -> None:
-    """φ_K of one layer, on one text at a time."""
-    optimizer = torch.optim.AdamW(attention.compress_k.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+def _train(inputs: Sequence[LayerInput], first: int, queries: int, target: str, steps: int, rate: float) -> None:
+    """φ_K of one layer and what it reads, on one text at a time."""
+    parameters = [each for module in selector_modules(inputs[0].attention)[0] for each in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 10) * 0.5 * (1 + np.cos(np.pi * step / steps))
     )
     for step in range(steps):
         layer = inputs[step % len(inputs)]
-        loss, _ = selector_losses(layer, queries[step % len(inputs)], target)
+        loss, _ = selector_losses(layer, choose_queries(layer, first, queries), target, values=False)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -171,7 +179,7 @@ def study(
         designs: keys of `DESIGNS`.
         sizes: settings of `convert` for all designs, which win.
         steps: of training, per layer.
-        queries: drawn per text.
+        queries: drawn per text and step.
 
     Returns:
         One row per design, layer and kind of query: mass recall, that of the dense choice, relative squared error.
@@ -201,8 +209,7 @@ def study(
             if target is not None:
                 torch.manual_seed(0)
                 inputs = [of("train", text, layer) for text in range(len(train))]
-                chosen = [choose_queries(each, first, queries) for each in inputs]
-                _train(modules[layer], inputs, chosen, target, steps, rate)
+                _train(inputs, first, queries, target, steps, rate)
             for text, ids in enumerate(held_out):
                 every = torch.linspace(first, len(ids) - 1, min(queries, len(ids) - first)).long()
                 copied = _copy_queries(ids, first)
@@ -252,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--length", type=int, default=4096, help="tokens per text (default: %(default)s)")
     add("--texts", type=int, default=6, help="of each file (default: %(default)s)")
     add("--steps", type=int, default=72, help="of training per layer (default: %(default)s)")
-    add("--queries", type=int, default=192, help="per text (default: %(default)s)")
+    add("--queries", type=int, default=192, help="per text and step (default: %(default)s)")
     args = parser.parse_args(argv)
     source = args.source or smollm2_gguf()
     try:
