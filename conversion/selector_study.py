@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare designs of φ_K and what it learns from on a CPU, layer by layer, without a backward pass through the model.
 
-`python conversion/selector_study.py OUTPUT.json --train FILE --eval FILE` runs the dense model once over a few texts
+`python conversion/selector_study.py OUTPUT.json --train FILE --eval FILE …` runs the dense model once over a few texts
 and keeps the inputs of its attention layers. Every design is then trained in every layer alone, from the start that
 conversion gives it, and measured on other texts: the share of the dense attention mass in the chosen blocks, and the
 squared error of the layer's output, relative to the output of dense attention. Queries that repeat earlier text are
@@ -252,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("output", metavar="OUTPUT.json")
     add("--train", metavar="FILE", required=True, help="JSON Lines to train on")
-    add("--eval", metavar="FILE", required=True, help="JSON Lines to measure on")
+    add("--eval", metavar="FILE", nargs="+", required=True, help="JSON Lines to measure on")
     add("--source", help="the dense model (default: SmolLM2-135M-Instruct)")
     add("--designs", nargs="+", choices=DESIGNS, default=list(DESIGNS), metavar="NAME", help=", ".join(DESIGNS))
     add("--layers", type=int, nargs="+", help="default: all")
@@ -264,10 +264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = args.source or smollm2_gguf()
     try:
         _, tokenizer = load_model(source, dtype="float32", device="cpu")
-        train, held_out = (
-            _texts(path, tokenizer, args.length, count)
-            for path, count in ((args.train, args.texts), (args.eval, args.texts))
-        )
+        train, *held_out = (_texts(path, tokenizer, args.length, args.texts) for path in (args.train, *args.eval))
+        held_out = [ids for texts in held_out for ids in texts]
         options = {"layers": args.layers, "designs": args.designs, "steps": args.steps, "queries": args.queries}
         rows = study(train, held_out, source=source, **options)
     except (ValueError, OSError) as error:  # NSAError is a ValueError
