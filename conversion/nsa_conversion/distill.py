@@ -260,10 +260,10 @@ def selector_losses(
     """How far φ_K is from the dense choice of blocks, and φ_V from what dense attention reads outside the window.
 
     The first is KL(dense ‖ importance), eq. 9-10, both normalised over the visible blocks that are not forced, in nats:
-    a mean over queries and groups, each weighed, within its document, by the root of what those blocks are worth to it.
-    Most queries read little but forced blocks, and what they leave to the others is noise. The second is the squared
-    error of o_cmp over the squared norm of its target. Queries, and what other branches read, are detached; the
-    compressed probabilities are, for the second.
+    a mean over queries and groups, each weighed, within its document, by the root of what those blocks are worth to it,
+    so that those which read little but forced blocks count little. The second is the squared error of o_cmp over the
+    squared norm of its target. Queries, and what other branches read, are detached; the compressed probabilities are,
+    for the second.
 
     Args:
         layer: of `layer_inputs`.
@@ -349,17 +349,17 @@ def _taught(attention, hidden_states, position_embeddings, block_embeddings, pos
         free = blocks <= position // config.select_block_size - config.num_local_blocks
         free &= blocks >= config.num_initial_blocks
         worth = worth * free
-        weight = _normalised(worth.sum(-1).sqrt().flatten())  # sums to 1
         teacher = _normalised(worth)
         student = _normalised(fold_importance(p.sum(2), num_blocks=len(blocks), **sizes) * free)
         tiny = torch.finfo(student.dtype).tiny
+        weight = worth.sum(-1).sqrt()
+        weight = weight / weight.mean().clamp(min=tiny)
         divergence = (torch.xlogy(teacher, teacher) - teacher * student.clamp(min=tiny).log()).sum(-1)
         error = norm = torch.zeros((), device=q.device)
         if outside is not None:
             o_cmp = torch.einsum("qhgc,chd->qhgd", p.detach(), v_cmp).flatten(1, 2)
             error, norm = (o_cmp - outside).square().sum(), outside.square().sum()
-    count = divergence.new_full((), divergence.numel())
-    return torch.stack((count * (weight * divergence.flatten()).sum(), count, error, norm))
+    return torch.stack(((weight * divergence).sum(), torch.full_like(error, divergence.numel()), error, norm))
 
 
 def _normalised(x):
