@@ -13,7 +13,6 @@ if not torch.cuda.is_available():
 
 from sm90 import MAX_SHARED
 from sm90_launches import compile_launches
-from tiny_nsa import make_ids, make_model
 from triton_checks import DEVICE, poisoned
 
 import nsa_kernels as nsa
@@ -301,36 +300,6 @@ def test_nothing_is_read_back_on_a_gpu(monkeypatch):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(called) == 2
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("variant", ["separate", "shared", "qwen3-like"])
-def test_generation_is_the_same_however_it_is_cached(variant):
-    """Greedy in fp32: dynamic and static cache, compiled or not, kernels and reference, ragged rows and each alone."""
-    settings = {
-        "max_new_tokens": 40,
-        "do_sample": False,
-        "pad_token_id": 0,
-        "suppress_tokens": [0],
-        "eos_token_id": None,
-    }
-    lengths = (3, 57, 90)
-    prompts = [make_ids(1, n, seed=n).to(DEVICE) for n in lengths]
-    ids, mask = (torch.zeros(3, 90, dtype=torch.long, device=DEVICE) for _ in range(2))
-    for row, prompt in enumerate(prompts):
-        ids[row, 90 - prompt.shape[1] :] = prompt
-        mask[row, 90 - prompt.shape[1] :] = 1
-    model = make_model(variant, head_dim=16, nsa_backend="reference").to(DEVICE)
-    alone = [model.generate(prompt, **settings)[0, -40:] for prompt in prompts]
-    model = make_model(variant, head_dim=16).to(DEVICE)
-    for cached in (
-        {},
-        {"prefill_chunk_size": 32},
-        {"cache_implementation": "static", "disable_compile": True},
-        {"cache_implementation": "static"},
-    ):
-        answers = model.generate(ids, attention_mask=mask, **settings, **cached)[:, -40:]
-        assert torch.equal(answers, torch.stack(alone)), cached
 
 
 @pytest.mark.gpu
