@@ -6,7 +6,7 @@
 
 Models have random weights in the sizes of Llama-3-8B and SmolLM2-135M, sparse ones as conversion lays them out, with
 keys and values of each branch or shared; `--source` measures a checkpoint and its conversion. The prompt is random
-tokens. The prompt is filled in first, in chunks for sparse models and at once for dense ones, with torch's
+tokens. The prompt is filled in first, in chunks for sparse models and row by row for dense ones, with torch's
 FlashAttention-2 or cuDNN; then `generate` continues with a dynamic cache, a static one, and a static one compiled as
 transformers does by itself. Rows give the seconds of the prompt, and of a step the median and the 20 % and 80 %
 quantiles in milliseconds over the second half of the steps (the first half compiles), tokens per second, the peak
@@ -14,11 +14,15 @@ memory, and how many graphs were compiled during the steps. `--kernels` prints w
 """
 
 import gc
+import os
 import statistics
 import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
+
+# without it, what caches leave behind while they grow cannot be used for larger ones
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from benchmark_attention import DENSE
@@ -97,6 +101,18 @@ def fill(model, ids, cache, chunk=None, backend=None):
     return time.perf_counter() - start
 
 
+def fill_by_rows(model, ids, cache, backend=None):
+    """`fill` at once, but one row after the other: activations of all rows and their cache do not fit; the seconds."""
+    rows = [DynamicCache(config=model.config) for _ in ids]
+    seconds = sum(fill(model, row[None], own, backend=backend) for row, own in zip(ids, rows))
+    for index in range(model.config.num_hidden_layers):
+        layers = [own.layers[index] for own in rows]
+        cache.update(*(torch.cat([getattr(x, name) for x in layers]) for name in ("keys", "values")), index)
+        for layer in layers:
+            layer.keys = layer.values = None
+    return seconds
+
+
 def to_static(cache, config, length):
     """Move a dynamic cache of full-attention layers into a static one, layer by layer."""
     static = StaticCache(config=config, max_cache_len=length)
@@ -165,11 +181,13 @@ def measure(add, model, name, batch, context, steps, chunk, modes, device="cuda"
     torch.manual_seed(1)
     ids = torch.randint(3, model.config.vocab_size, (batch, context + 1), device=device)
     room = context + (len(MODES) + 1) * steps + 64
-    chunk = context if name == "dense" else chunk
     backends = DENSE if name == "dense" and device == "cuda" else {f"chunks of {chunk:,}": None}
     for label, backend in backends.items():
         cache = DynamicCache(config=model.config)
-        seconds = fill(model, ids[:, :-1], cache, chunk, backend)
+        if name == "dense":
+            seconds = fill_by_rows(model, ids[:, :-1], cache, backend)
+        else:
+            seconds = fill(model, ids[:, :-1], cache, chunk, backend)
         add(f"prompt, {label}", {"prompt_s": round(seconds, 3), "tokens_per_s": round(batch * context / seconds)})
         if label != list(backends)[-1]:
             del cache
