@@ -83,8 +83,7 @@ def _smallest_margin(model, ids):
             model(ids, use_cache=False)
     finally:
         reference.topn_blocks = topn
-    found = torch.cat([margin.flatten() for margin in margins])
-    return found.min().item() if len(found) else float("inf")
+    return min((margin.min().item() for margin in margins if len(margin)), default=float("inf"))
 
 
 def long_model(layers=4):

@@ -186,6 +186,25 @@ def test_what_the_kernels_do_not_compute_is_refused_by_name():
         nsa.nsa_attention(*inputs, **SIZES, scale=-1.0, backend="triton")
 
 
+def test_what_lies_behind_the_keys_changes_nothing():
+    """Keys of a cache with room for more: what follows a head's last key is loaded, and must only be finite."""
+    q_offset, T, dtype = 60, 40, torch.float32
+    inputs = [x.detach() for x in make_inputs(q_offset + T, 2, 3, 16, 16, SIZES, dtype=dtype, batch=2)]
+    inputs = [x[:, q_offset:] if name in (0, 7, 8, 9) else x for name, x in enumerate(inputs)]
+
+    def with_room(x):
+        buffer = torch.full((x.shape[0], x.shape[2], x.shape[1] + 70, x.shape[3]), 1e30, dtype=dtype, device=DEVICE)
+        buffer[:, :, : x.shape[1]] = x.transpose(1, 2)
+        return buffer[:, :, : x.shape[1]].transpose(1, 2)
+
+    held = [with_room(x) if name in range(1, 7) else x for name, x in enumerate(inputs)]
+    with torch.no_grad(), poisoned():
+        for leftpad in (None, torch.tensor([0, 33], device=DEVICE)):
+            where = {**SIZES, "q_offset": q_offset, "leftpad": leftpad, "backend": "triton"}
+            for got, want in zip(nsa.nsa_attention(*held, **where)[:2], nsa.nsa_attention(*inputs, **where)[:2]):
+                assert torch.equal(got, want)
+
+
 def test_ways_to_loop_agree(monkeypatch):
     from nsa_kernels import selected
 
