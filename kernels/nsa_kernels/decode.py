@@ -48,8 +48,9 @@ from .window import _query_rows, _tiles
 
 __all__ = ["decode_attention"]
 
-# Programs that a multiprocessor holds at once.
+# Programs that a multiprocessor holds at once, and those of the kernel that reads window and chosen blocks.
 _RESIDENT = 2
+_RESIDENT_SELECTED = 3
 # Splits of one branch: the kernels that join them hold their statistics at once.
 _MAX_SPLITS = 128
 # Importances ranked at once.
@@ -153,9 +154,11 @@ def _compute(
     splits = _splits(tiles, B * H * rows["GROUPS"] * query_tiles, q.device)
     window_tiles = cdiv(min(window_size, k_win.shape[1]), config_single["BLOCK_N"])
     chosen_tiles = cdiv(num_selected_blocks * select_block_size, config_single["BLOCK_N"])
-    window_splits, chosen_splits = (
-        _splits(each, B * T * H * single["GROUPS"], q.device) for each in (cdiv(window_tiles, 2), chosen_tiles)
-    )
+    programs = B * T * H * single["GROUPS"]
+    chosen_splits = _splits(chosen_tiles, programs, q.device)
+    # as many for the window as run beside those
+    room = _RESIDENT_SELECTED * _multiprocessors(q.device) // programs - chosen_splits
+    window_splits = max(1, min(cdiv(window_tiles, 2), room))
     all_splits = splits + window_splits + chosen_splits
 
     floats = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
