@@ -6,7 +6,10 @@
 and keeps the inputs of its attention layers. Every design is then trained in every layer alone, from the start that
 conversion gives it, and measured on other texts: the share of the dense attention mass in the chosen blocks, and the
 squared error of the layer's output, relative to the output of dense attention. Queries that repeat earlier text are
-reported apart ("copy"): half of the texts have a passage written twice.
+reported apart ("copy"): half of the texts have a passage written twice. With --needles, so are those that answer from a
+number hidden in a long prompt ("needle"): found is the share of what dense attention takes from the number's blocks,
+of all it takes from blocks that are not forced, where the block is chosen. --practice says what is done to the texts to
+train on.
 """
 
 from __future__ import annotations
@@ -14,28 +17,31 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import random
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from nsa_conversion import NSAError, convert, load_model, smollm2_gguf
-from nsa_conversion.data import PackedRows, encode_documents, read_files, repeat_passages
+from nsa_conversion.data import PackedRows, builtin_text, encode_documents, read_files, repeat_passages
 from nsa_conversion.diagnosis import block_mass
 from nsa_conversion.distill import (
     LayerInput,
     choose_queries,
     dense_forward,
+    dense_statistics,
     layer_inputs,
     selector_losses,
     selector_modules,
 )
+from nsa_conversion.tasks import Material, make_trials
 from nsa_kernels import importance, topn_blocks
 
 __all__ = ["DESIGNS", "main", "study"]
@@ -55,6 +61,28 @@ DESIGNS: dict[str, tuple[dict[str, Any], str | None, float]] = {
     ),
 }
 COPIED_TOKENS = 6
+NEEDLES, DEPTHS = ("needle_choice", "passkey_choice"), (0.1, 0.3, 0.5)
+# Facts that are stated in the first half of a text and used in the second.
+FACTS = 14
+STATED = ("The {key} of {name} is {value}. ", "{name} has {key} {value}. ", "{key} ({name}): {value}\n")
+USED = ("As said above, the {key} of {name} is {value}. ", "Remember that {name} has {key} {value}. ")
+KEYS = ("code", "port", "value", "id", "colour", "size", "weight")
+
+
+PRACTICE = {
+    "none": "as they are",
+    "passage": "in every second one a long passage is written twice",
+    "passages": "short ones are, in all",
+    "facts": "made-up facts are stated and used again further on",
+}
+
+
+class Needle(NamedTuple):
+    """A prompt with its answer; positions of the queries that answer, and of the number they ask for; int64."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    places: torch.Tensor
 
 
 class _Stop(Exception):
@@ -101,45 +129,87 @@ def _copy_queries(ids: torch.Tensor, first: int) -> torch.Tensor:
     return torch.tensor(found, dtype=torch.long)
 
 
+class _Layer:
+    """Queries, keys and values of a layer for one text, `[T, heads, D]`, and its compressed keys `[1, C, H, D]`."""
+
+    def __init__(self, layer: LayerInput):
+        attention, x, embeddings, layout, _ = layer
+        rotate = attention._rotation(embeddings)
+        k, v = attention._heads(x, attention.k_proj, attention.k_norm), attention._heads(x, attention.v_proj)
+        tails = attention._tails(k, rotate(k), v)
+        self.k_cmp, _ = attention._compress(tails, 0, layout.num_blocks, layout.block_embeddings)
+        self.q = rotate(attention._heads(x, attention.q_proj, attention.q_norm))[0]
+        self.k, self.v = rotate(k)[0], v[0]
+        self.config, self.scale, self.o_proj = attention.config, attention.scaling, attention.o_proj
+        self.group = self.q.shape[1] // self.k.shape[1]
+        self.sizes = {
+            name: getattr(self.config, name) for name in ("compress_block_size", "compress_stride", "select_block_size")
+        }
+
+    def importance(self, position: int, blocks: int) -> torch.Tensor:
+        """`[1, 1, H, blocks]`, of the query at a position."""
+        query, stride = self.q[position][None], self.config.compress_stride
+        end = stride * torch.arange(self.k_cmp.shape[1]) + self.config.compress_block_size - 1
+        known = self.k_cmp[:, end <= position].contiguous()
+        scores = self.scale * torch.einsum("qhd,chd->hqc", query, known[0].repeat_interleave(self.group, dim=1))
+        where = {"num_blocks": blocks, "q_offset": position, "scale": self.scale}
+        return importance(query[None], known, scores.logsumexp(-1).T[None], **where, **self.sizes)
+
+    def choose(self, scores: torch.Tensor, position: int) -> torch.Tensor:
+        """Bool `[H, S]`: the blocks that are read where scores are `[1, 1, H, S]`."""
+        names = ("select_block_size", "num_selected_blocks", "num_initial_blocks", "num_local_blocks")
+        settings = {name: getattr(self.config, name) for name in names}
+        blocks = topn_blocks(scores, q_offset=position, **settings)[0, 0].long()  # [H, n]
+        mask = torch.zeros(len(blocks), scores.shape[-1] + 1, dtype=torch.bool)
+        return mask.scatter_(1, torch.where(blocks < 0, scores.shape[-1], blocks), True)[:, :-1]
+
+
 @torch.no_grad()
 def _measure(layer: LayerInput, positions: torch.Tensor) -> tuple[float, float, float]:
     """Mass of the chosen blocks and of the dense choice, and the relative squared error of the output."""
-    attention, x, embeddings, layout, _ = layer
-    config = attention.config
-    rotate = attention._rotation(embeddings)
-    q = rotate(attention._heads(x, attention.q_proj, attention.q_norm))[0]
-    k_raw, v = attention._heads(x, attention.k_proj, attention.k_norm), attention._heads(x, attention.v_proj)
-    k = rotate(k_raw)
-    k_cmp, _ = attention._compress(attention._tails(k_raw, k, v), 0, layout.num_blocks, layout.block_embeddings)
-    k, v = k[0], v[0]
-    group, size = q.shape[1] // k.shape[1], config.select_block_size
-    sizes = {name: getattr(config, name) for name in ("compress_block_size", "compress_stride", "select_block_size")}
+    x = _Layer(layer)
+    size = x.config.select_block_size
     chosen_mass, best_mass, error, norm = [], [], 0.0, 0.0
     for position in positions.tolist():
-        query = q[position][None]
-        mass = block_mass(q[: position + 1], k, position, position + 1, size, attention.scaling)  # [1, HQ, S]
-        end = config.compress_stride * torch.arange(k_cmp.shape[1]) + config.compress_block_size - 1
-        known = k_cmp[:, end <= position].contiguous()
-        scores = attention.scaling * torch.einsum("qhd,chd->hqc", query, known[0].repeat_interleave(group, dim=1))
-        where = {"num_blocks": mass.shape[-1], "q_offset": position, "scale": attention.scaling}
-        worth = importance(query[None], known, scores.logsumexp(-1).T[None], **where, **sizes)
-        select = {"select_block_size": size, "q_offset": position, "num_selected_blocks": config.num_selected_blocks}
-        select |= {name: getattr(config, name) for name in ("num_initial_blocks", "num_local_blocks")}
-        s = attention.scaling * torch.einsum("hd,khd->hk", query[0], k[: position + 1].repeat_interleave(group, dim=1))
-        values = v[: position + 1].repeat_interleave(group, dim=1)
-        dense = torch.einsum("hk,khd->hd", s.softmax(-1), values)
-        for scores_of, into in ((worth, chosen_mass), (mass.unflatten(1, (-1, group)).sum(2)[None], best_mass)):
-            blocks = topn_blocks(scores_of, **select)[0, 0].long()  # [H, n]
-            mask = torch.zeros(len(blocks), mass.shape[-1] + 1, dtype=torch.bool)
-            mask.scatter_(1, torch.where(blocks < 0, mass.shape[-1], blocks), True)
-            mask = mask[:, :-1].repeat_interleave(group, dim=0)
-            into.append((mass[0] * mask).sum(-1).mean().item())
-            if into is chosen_mass:
-                read = mask.repeat_interleave(size, dim=1)[:, : position + 1]
-                own = torch.einsum("hk,khd->hd", s.masked_fill(~read, float("-inf")).softmax(-1), values)
-        change, whole = (F.linear(each.flatten(), attention.o_proj.weight) for each in (own - dense, dense))
+        mass = block_mass(x.q[: position + 1], x.k, position, position + 1, size, x.scale)  # [1, HQ, S]
+        by_group = mass.unflatten(1, (-1, x.group)).sum(2)[None]
+        chosen, best = (
+            x.choose(scores, position).repeat_interleave(x.group, dim=0)
+            for scores in (x.importance(position, mass.shape[-1]), by_group)
+        )
+        chosen_mass.append((mass[0] * chosen).sum(-1).mean().item())
+        best_mass.append((mass[0] * best).sum(-1).mean().item())
+        k, values = (each[: position + 1].repeat_interleave(x.group, dim=1) for each in (x.k, x.v))
+        s = x.scale * torch.einsum("hd,khd->hk", x.q[position], k)
+        read = chosen.repeat_interleave(size, dim=1)[:, : position + 1]
+        dense, own = (
+            torch.einsum("hk,khd->hd", scores.softmax(-1), values)
+            for scores in (s, s.masked_fill(~read, float("-inf")))
+        )
+        change, whole = (F.linear(each.flatten(), x.o_proj.weight) for each in (own - dense, dense))
         error, norm = error + change.square().sum().item(), norm + whole.square().sum().item()
     return float(np.mean(chosen_mass)), float(np.mean(best_mass)), error / norm
+
+
+@torch.no_grad()
+def _find(layer: LayerInput, needle: Needle) -> tuple[float, float]:
+    """Of what queries take from blocks that are not forced: the number's share, and where its block is chosen.
+
+    Sums over queries and groups.
+    """
+    x, first = _Layer(layer), layer.attention.config.num_initial_blocks
+    sizes = {"select_block_size": x.config.select_block_size, "window_size": x.config.window_size}
+    where = {"scale": x.scale, "outside": False}
+    worth, _ = dense_statistics(x.q[needle.positions], x.k, x.v, needle.positions, **sizes, **where)  # [Q, H, S]
+    taken, found = 0.0, 0.0
+    for position, each in zip(needle.positions.tolist(), worth):
+        free = slice(first, position // x.config.select_block_size - x.config.num_local_blocks + 1)
+        blocks = (needle.places // x.config.select_block_size).unique().tolist()
+        held = [block for block in blocks if free.start <= block < free.stop]
+        share = each[:, held] / each[:, free].sum(-1, keepdim=True).clamp(min=torch.finfo(each.dtype).tiny)
+        chosen = x.choose(x.importance(position, each.shape[-1]), position)[:, held]
+        taken, found = taken + share.sum().item(), found + (share * chosen).sum().item()
+    return taken, found
 
 
 def _train(inputs: Sequence[LayerInput], first: int, queries: int, target: str, steps: int, rate: float) -> None:
@@ -168,6 +238,7 @@ def study(
     sizes: dict[str, int] | None = None,
     steps: int = 72,
     queries: int = 192,
+    needles: Sequence[Needle] = (),
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Train and measure designs.
@@ -180,9 +251,11 @@ def study(
         sizes: settings of `convert` for all designs, which win.
         steps: of training, per layer.
         queries: drawn per text and step.
+        needles: prompts with hidden numbers to measure on as well.
 
     Returns:
-        One row per design, layer and kind of query: mass recall, that of the dense choice, relative squared error.
+        One row per design, layer, text and kind of query: mass recall, that of the dense choice, relative squared
+        error; for needles what is taken and what is found of it.
     """
     rows: list[dict[str, Any]] = []
     known: dict[str, list[list[LayerInput]]] = {}
@@ -196,9 +269,9 @@ def study(
         config = modules[0].config
         first = max(config.num_selected_blocks * config.select_block_size, config.window_size)
         if not known:
-            known = {"train": _inputs(model, train), "eval": _inputs(model, held_out)}
-        layouts = {"train": [_layout(model, ids[None]) for ids in train]}
-        layouts["eval"] = [_layout(model, ids[None]) for ids in held_out]
+            parts = {"train": train, "eval": held_out, "needle": [needle.ids for needle in needles]}
+            known = {part: _inputs(model, texts) for part, texts in parts.items()}
+        layouts = {part: [_layout(model, ids[None]) for ids in texts] for part, texts in parts.items()}
 
         def of(part, text, layer, known=known, modules=modules, layouts=layouts):
             given = known[part][text][layer]
@@ -220,6 +293,10 @@ def study(
                     recall, best, error = _measure(of("eval", text, layer), positions)
                     row = {"design": name, "layer": layer, "text": text, "queries": kind, "count": len(positions)}
                     rows.append(row | {"mass_recall": recall, "dense_mass_recall": best, "error": error})
+            for text, needle in enumerate(needles):
+                taken, found = _find(of("needle", text, layer), needle)
+                row = {"design": name, "layer": layer, "text": text, "queries": "needle"}
+                rows.append(row | {"count": len(needle.positions), "taken": taken, "found": found})
         if progress:
             for kind in ("any", "copy"):
                 of_kind = [row for row in rows if row["design"] == name and row["queries"] == kind]
@@ -227,13 +304,53 @@ def study(
                     recall, error = (float(np.mean([row[key] for row in of_kind])) for key in ("mass_recall", "error"))
                     seconds = time.monotonic() - start
                     print(f"{name}, {kind}: mass {recall:.4f}, error {error:.5f}, {seconds:.0f} s", flush=True)
+            hidden = [row for row in rows if row["design"] == name and row["queries"] == "needle"]
+            if hidden:
+                found, taken = (sum(row[key] for row in hidden) for key in ("found", "taken"))
+                print(f"{name}, needle: found {found / taken:.4f}", flush=True)
     return rows
 
 
-def _texts(path: str, tokenizer, length: int, count: int) -> list[torch.Tensor]:
-    """The first long documents of a file; every second one with a repeated passage."""
+def _needles(tokenizer, length: int, count: int) -> list[Needle]:
+    """`count` prompts of each task and depth."""
+    material, needles = Material(builtin_text()), []
+    for task, depth in ((task, depth) for task in NEEDLES for depth in DEPTHS):
+        for trial in make_trials(task, tokenizer, material, length, depth=depth, trials=count):
+            digits = [token for token in trial.continuation if tokenizer.decode([token]).strip().isdigit()]
+            starts = range(len(trial.prompt) - len(digits) + 1)
+            places = [place for place in starts if trial.prompt[place : place + len(digits)] == digits]
+            ids = torch.tensor([*trial.prompt, *trial.continuation])
+            answering = torch.arange(len(trial.prompt) - 1, len(ids) - 1)
+            needles.append(Needle(ids, answering, torch.tensor(places)[:, None] + torch.arange(len(digits))))
+    return needles
+
+
+def _state_facts(ids: np.ndarray, tokenizer, words: Sequence[str], rng: random.Random) -> np.ndarray:
+    """Made-up facts between the tokens of a text, each stated once and used once; its length stays."""
+    tokens, half = ids.tolist(), len(ids) // 2
+    for _ in range(FACTS):
+        fact = {"key": rng.choice(KEYS), "name": " ".join(rng.sample(words, 2)), "value": rng.randrange(100, 100_000)}
+        for forms, low, high in ((STATED, 0, half), (USED, half, len(ids))):
+            place = rng.randrange(low, high)
+            tokens[place:place] = tokenizer(rng.choice(forms).format(**fact), add_special_tokens=False)["input_ids"]
+    return np.array(tokens[: len(ids)])
+
+
+def _repeat_short(ids: np.ndarray, rng: random.Random) -> np.ndarray:
+    """Passages of the first half of a text written again in the second, at least a quarter of it further on."""
+    again, half = ids.copy(), len(ids) // 2
+    for _ in range(6):
+        length = rng.randint(24, min(160, half // 2))
+        start = rng.randint(0, half - length)
+        place = rng.randint(max(half, start + len(ids) // 4), len(ids) - length)
+        again[place : place + length] = ids[start : start + length]
+    return again
+
+
+def _texts(path: str, tokenizer, length: int, count: int, practice: str = "passage") -> list[torch.Tensor]:
+    """The first long documents of a file, changed as `PRACTICE` says."""
     long = (document for document in read_files([path]) if len(document) > 2 * length)
-    found = []
+    found: list[np.ndarray] = []
     with contextlib.suppress(StopIteration):
         while len(found) < count:
             (ids,) = encode_documents([next(long)[: 8 * length]], tokenizer, progress=False)
@@ -241,8 +358,15 @@ def _texts(path: str, tokenizer, length: int, count: int) -> list[torch.Tensor]:
                 found.append(ids[:length])
     if len(found) < count:
         raise NSAError(f"{path} has {len(found)} documents of {length:,} tokens, and {count} are wanted")
-    repeated = repeat_passages(PackedRows([[ids] for ids in found[1::2]]), 1.0, 1).rows
-    found[1::2] = [row[0] for row in repeated]
+    rng = random.Random(0)
+    if practice == "passage":
+        repeated = repeat_passages(PackedRows([[ids] for ids in found[1::2]]), 1.0, 1).rows
+        found[1::2] = [row[0] for row in repeated]
+    elif practice == "passages":
+        found = [_repeat_short(ids, rng) for ids in found]
+    elif practice == "facts":
+        words = Material(builtin_text()).words
+        found = [_state_facts(ids, tokenizer, words, rng) for ids in found]
     return [torch.from_numpy(ids).long() for ids in found]
 
 
@@ -260,14 +384,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--texts", type=int, default=6, help="of each file (default: %(default)s)")
     add("--steps", type=int, default=72, help="of training per layer (default: %(default)s)")
     add("--queries", type=int, default=192, help="per text and step (default: %(default)s)")
+    practice = "; ".join(f"{name}: {what}" for name, what in PRACTICE.items())
+    add("--practice", choices=PRACTICE, default="passage", help=f"texts to train on; {practice} (default: %(default)s)")
+    add("--needles", type=int, default=0, help="prompts per task and depth to measure on (default: %(default)s)")
     args = parser.parse_args(argv)
     source = args.source or smollm2_gguf()
     try:
         _, tokenizer = load_model(source, dtype="float32", device="cpu")
-        train, *held_out = (_texts(path, tokenizer, args.length, args.texts) for path in (args.train, *args.eval))
-        held_out = [ids for texts in held_out for ids in texts]
+        train = _texts(args.train, tokenizer, args.length, args.texts, args.practice)
+        held_out = [ids for path in args.eval for ids in _texts(path, tokenizer, args.length, args.texts)]
         options = {"layers": args.layers, "designs": args.designs, "steps": args.steps, "queries": args.queries}
-        rows = study(train, held_out, source=source, **options)
+        needles = _needles(tokenizer, args.length, args.needles) if args.needles else ()
+        rows = study(train, held_out, source=source, needles=needles, **options)
     except (ValueError, OSError) as error:  # NSAError is a ValueError
         print(f"selector_study: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
