@@ -21,7 +21,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-# without it, what caches leave behind while they grow cannot be used for larger ones
+# a cache that grows leaves pieces behind that are too small for what it needs next
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch

@@ -16,8 +16,7 @@ Layout
     computed alone. `leftpad` (int, `[B]`, default 0) counts the padding slots before a row's first real token. The
     first query sits in slot `q_offset` (int, or an int tensor `[]` or `[B]`, default 0). The position of a token is its
     slot minus `leftpad`: blocks are counted from the first real token. A query at a negative position is padding:
-    output 0, lse -inf. Tensors may be views of larger ones, such as a cache with room for more tokens: what lies behind
-    the last key changes nothing, but has to be finite, since kernels may load it and multiply it by 0.
+    output 0, lse -inf.
 
 Softmax and its statistics are computed in fp32 (fp64 for fp64 inputs); lse is log Σ exp of the scaled scores, natural.
 Queries are worked through in chunks; with gradients each chunk is recomputed in the backward pass, so that memory
