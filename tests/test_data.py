@@ -1,6 +1,8 @@
 # Copyright 2026 The NSA for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
 import json
+import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,6 +10,10 @@ import torch
 from tiny import SMALL_NSA, make_model, make_tokenizer
 
 from nsa_conversion.data import (
+    FACT_KEYS,
+    FACTS_STATED,
+    FACTS_USED,
+    MIN_FACTS,
     PackedRowsCollator,
     builtin_text,
     encode_documents,
@@ -17,6 +23,7 @@ from nsa_conversion.data import (
     read_files,
     read_text,
     repeat_passages,
+    state_facts,
 )
 from nsa_conversion.errors import NSAError
 
@@ -234,6 +241,35 @@ def test_passages_are_repeated_inside_long_documents():
         assert (old[source : source + len(other)] == new[other]).all()
         assert source + len(other) <= other[0]
     assert all((a == b).all() for a, b in zip(before, (p for row in repeat_passages(rows, 0.0, 150).rows for p in row)))
+
+
+def test_facts_are_stated_once_and_used_once_further_on(tokenizer):
+    words = " ".join(a + b + c + d for a in "bdfgk" for b in "aeiou" for c in "lmnrt" for d in "aeiou")
+    long, short = encode_documents([" ".join([words] * 4), "a short one"], tokenizer, progress=False)
+    rows = pack([long, short], len(long) + len(short))
+    changed = state_facts(rows, 1.0, 1000, tokenizer)
+    (_, same), (after, other) = (sorted(row[0], key=len, reverse=True) for row in (rows.rows, changed.rows))
+    assert (same == other).all()
+    assert len(after) == len(long)
+    assert after.dtype == long.dtype
+    numbers = re.findall(r"\d{3,}", tokenizer.decode(after))
+    assert len(numbers) >= MIN_FACTS
+    assert set(Counter(numbers).values()) == {2}
+    again = state_facts(rows, 1.0, 1000, tokenizer)
+    assert (np.concatenate(again.rows[0]) == np.concatenate(changed.rows[0])).all()
+    untouched = state_facts(rows, 0.0, 1000, tokenizer)
+    assert (np.concatenate(untouched.rows[0]) == np.concatenate(rows.rows[0])).all()
+
+
+def test_practice_does_not_know_the_tasks():
+    asked = ("magic", "pass key", "number", "mentioned")
+    assert not [form for form in (*FACTS_STATED, *FACTS_USED, *FACT_KEYS) if any(word in form for word in asked)]
+
+
+def test_a_document_of_few_words_is_given_no_facts(tokenizer):
+    (document,) = encode_documents(["12 " * 2000], tokenizer, progress=False)
+    rows = pack([document], len(document))
+    assert (state_facts(rows, 1.0, 10, tokenizer).rows[0][0] == document).all()
 
 
 def test_collator_joins_rows_into_one_sequence_of_documents():

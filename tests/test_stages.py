@@ -71,7 +71,7 @@ def test_warmup_teaches_phi_and_what_it_reads(run, tmp_path):
 def test_warmup_teaches_a_pooling_phi_with_repeated_passages(places, tmp_path):
     convert(places / "dense", tmp_path / "nsa", progress=False, **SMALL_NSA, compress_type="pool")
     settings = {"stage": "warmup", "max_steps": 12, "new_parameter_lr": 1e-2, "selector_target": "mass"}
-    settings |= {"train_file": places / "row.txt", "repeat_share": 1.0}
+    settings |= {"train_file": places / "row.txt", "repeat_share": 1.0, "fact_share": 1.0}
     finetune(tmp_path / "nsa", tmp_path / "out", **RUN | settings)
     history = [entry for entry in json.loads((tmp_path / "out" / "log_history.json").read_text()) if "loss" in entry]
     for term in ("selector_loss", "value_loss"):

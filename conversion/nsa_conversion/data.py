@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ __all__ = [
     "read_files",
     "read_text",
     "repeat_passages",
+    "state_facts",
 ]
 
 Document = str | list[dict[str, Any]]
@@ -43,6 +45,24 @@ MESSAGES_COLUMN = "messages"
 # A document of one token has no next token to predict.
 MIN_DOCUMENT_TOKENS = 2
 ENCODE_BATCH = 256
+# Made-up facts: how many a document is given, how they are stated, and how they are used further on.
+MIN_FACTS, MAX_FACTS = 8, 40
+FACT_KEYS = ("code", "port", "value", "id", "colour", "size", "weight", "address", "price", "label", "date", "level")
+FACTS_STATED = (
+    " The {key} of {name} is {value}.",
+    " {name} has {key} {value}.",
+    " {key} ({name}): {value}",
+    " For {name}, {value} was chosen as the {key}.",
+    " Note that the {name} {key} is {value}.",
+    "\n{name}: {value} ({key})\n",
+)
+FACTS_USED = (
+    " As said above, the {key} of {name} is {value}.",
+    " Remember that {name} has {key} {value}.",
+    " What is the {key} of {name}? It is {value}.",
+    "\nQuestion: which {key} does {name} have?\nAnswer: the {name} {key} is: {value}\n",
+    " The text gives the {key} of {name} as {value}.",
+)
 
 
 def builtin_text() -> str:
@@ -405,6 +425,52 @@ def repeat_passages(rows: PackedRows, share: float, shortest: int, seed: int = 0
         changed = tokens.copy()
         changed[again : again + length] = tokens[start : start + length]
         return changed
+
+    return PackedRows([[change(piece) for piece in row] for row in rows.rows])
+
+
+def state_facts(rows: PackedRows, share: float, shortest: int, tokenizer, seed: int = 0) -> PackedRows:
+    """Write made-up facts into some documents, each once, and once more further on: what is not found is not known.
+
+    Names are two words of the document, values numbers or other words. Facts are stated anywhere in its first nine
+    tenths; half of them are used somewhere behind, the others one after the other at its end. Lengths stay: the end of
+    the text gives way.
+
+    Args:
+        rows: packed documents.
+        share: of the documents of at least `shortest` tokens that are changed, 0 to 1.
+        shortest: tokens; documents with too few words stay as they are.
+        tokenizer: of the tokens.
+        seed: of the choice.
+    """
+    rng = random.Random(seed)
+
+    def change(tokens):
+        if len(tokens) < shortest or rng.random() >= share:
+            return tokens
+        words = sorted(set(re.findall(r"\b[a-z]{4,9}\b", tokenizer.decode(tokens))))
+        count = min(rng.randint(MIN_FACTS, MAX_FACTS), len(words) // 4)
+        names, others = (rng.sample(words, 2 * count) for _ in range(2))
+        sentences, places = [], []
+        for fact in range(count):
+            value = rng.randrange(100, 1_000_000) if rng.random() < 0.7 else " ".join(others[2 * fact : 2 * fact + 2])
+            given = {"key": rng.choice(FACT_KEYS), "name": " ".join(names[2 * fact : 2 * fact + 2]), "value": value}
+            sentences += [rng.choice(forms).format(**given) for forms in (FACTS_STATED, FACTS_USED)]
+            stated = rng.uniform(0, 0.9)
+            places += [stated, rng.uniform(stated, 1) if rng.random() < 0.5 else 1 + rng.random()]
+        if not sentences:
+            return tokens
+        pieces = tokenizer(sentences, add_special_tokens=False)["input_ids"]
+        text = tokens[: len(tokens) - sum(map(len, pieces))]
+        if len(text) < len(tokens) // 2:
+            return tokens
+        order = sorted(range(len(pieces)), key=places.__getitem__)
+        cuts = [min(int(places[each] * len(text)), len(text)) for each in order]
+        parts = np.split(text, cuts)
+        mixed = [parts[0]]
+        for each, part in zip(order, parts[1:]):
+            mixed += [np.asarray(pieces[each], dtype=tokens.dtype), part]
+        return np.concatenate(mixed)
 
     return PackedRows([[change(piece) for piece in row] for row in rows.rows])
 

@@ -57,6 +57,7 @@ from .data import (
     read_dataset,
     read_files,
     repeat_passages,
+    state_facts,
 )
 from .errors import NSAError
 from .hub import MODEL_FILES, hub_errors, push
@@ -162,6 +163,13 @@ class DataArguments:
         metadata={
             "help": "Share of the long training documents in which a passage is written a second time further on: "
             "practice for a selection that has to find it again."
+        },
+    )
+    fact_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the long training documents into which made-up facts are written, each stated once and "
+            "used once further on: practice for retrieval."
         },
     )
     eval_file: list[str] | None = field(default=None, metadata={"help": "Files to evaluate on; same formats."})
@@ -322,8 +330,10 @@ def _check_arguments(
         raise NSAError(f"--max-length must be at least 2 tokens, got {data.max_length}")
     if not 0 <= data.eval_fraction < 1:
         raise NSAError(f"--eval-fraction must be at least 0 and less than 1, got {data.eval_fraction}")
-    if not 0 <= data.repeat_share <= 1:
-        raise NSAError(f"--repeat-share must be at least 0 and at most 1, got {data.repeat_share}")
+    for name in ("repeat_share", "fact_share"):
+        if not 0 <= getattr(data, name) <= 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise NSAError(f"{flag} must be at least 0 and at most 1, got {getattr(data, name)}")
     if data.eval_slices < 0:
         raise NSAError(f"--eval-slices must not be negative, got {data.eval_slices}")
     if lora.lora:
@@ -785,6 +795,8 @@ def _run(
     rows = pack(encoded, data.max_length, data.full_rows)
     if data.repeat_share:
         rows = repeat_passages(rows, data.repeat_share, data.max_length // 2, args.seed)
+    if data.fact_share:
+        rows = state_facts(rows, data.fact_share, data.max_length // 2, tokenizer, args.seed + 1)
     eval_rows: PackedRows | None = pack(held_out, data.max_length) if held_out else None
     texts = _evaluation_texts(held_out, data.max_length, data.eval_slices)
 

@@ -237,6 +237,9 @@ class StageTrainerMixin:
             self.num_blocks, self.first_query = self.config.num_selected_blocks, _first_query(self.config)
         self._terms: dict[str, list] = {}
         self._wrap = functools.cache(torch.compile) if stage.compile_layers else lambda function: function
+        if stage.compile_layers:
+            # one layer does not fill the buckets of DistributedDataParallel, by which this splits graphs
+            torch._dynamo.config.optimize_ddp = False
 
     def create_optimizer(self, model=None):
         """As in Trainer; φ and the gates are moved to groups of their own learning rate."""
