@@ -30,7 +30,7 @@ import torch
 from torch.nn import functional as F
 
 from nsa_conversion import NSAError, convert, load_model, smollm2_gguf
-from nsa_conversion.data import PackedRows, builtin_text, encode_documents, read_files, repeat_passages
+from nsa_conversion.data import builtin_text, encode_documents, read_files, repeat_passage
 from nsa_conversion.diagnosis import block_mass
 from nsa_conversion.distill import (
     LayerInput,
@@ -360,8 +360,7 @@ def _texts(path: str, tokenizer, length: int, count: int, practice: str = "passa
         raise NSAError(f"{path} has {len(found)} documents of {length:,} tokens, and {count} are wanted")
     rng = random.Random(0)
     if practice == "passage":
-        repeated = repeat_passages(PackedRows([[ids] for ids in found[1::2]]), 1.0, 1).rows
-        found[1::2] = [row[0] for row in repeated]
+        found[1::2] = [repeat_passage(ids, rng) for ids in found[1::2]]
     elif practice == "passages":
         found = [_repeat_short(ids, rng) for ids in found]
     elif practice == "facts":

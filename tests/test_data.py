@@ -1,6 +1,7 @@
 # Copyright 2026 The NSA for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
 import json
+import random
 import re
 from collections import Counter
 
@@ -19,10 +20,10 @@ from nsa_conversion.data import (
     encode_documents,
     hold_out,
     pack,
+    practise_retrieval,
     read_dataset,
     read_files,
     read_text,
-    repeat_passages,
     state_facts,
 )
 from nsa_conversion.errors import NSAError
@@ -225,10 +226,15 @@ def test_pack_drops_pieces_of_one_token_and_refuses_nothing():
         pack(documents_of(9), 1)
 
 
+def read(rows, seed):
+    torch.manual_seed(seed)
+    return [rows[index]["input_ids"].numpy() for index in range(len(rows))]
+
+
 def test_passages_are_repeated_inside_long_documents():
-    rows = pack([np.arange(100), np.arange(200, 400), np.arange(500, 700)], 500)
-    changed = repeat_passages(rows, 1.0, 150, seed=3)
-    before, after = ([piece for row in each.rows for piece in row] for each in (rows, changed))
+    plain = pack([np.arange(100), np.arange(200, 400), np.arange(500, 700)], 200)
+    rows = practise_retrieval(plain, 1.0, 0.0, 150, None)
+    before, after, again = read(plain, 0), read(rows, 3), read(rows, 3)
     assert [len(piece) for piece in after] == [len(piece) for piece in before]
     for old, new in zip(before, after):
         other = np.flatnonzero(old != new)
@@ -240,25 +246,24 @@ def test_passages_are_repeated_inside_long_documents():
         source = int(new[other[0]]) - int(old[0])
         assert (old[source : source + len(other)] == new[other]).all()
         assert source + len(other) <= other[0]
-    assert all((a == b).all() for a, b in zip(before, (p for row in repeat_passages(rows, 0.0, 150).rows for p in row)))
+    assert all((a == b).all() for a, b in zip(after, again))
+    assert any((a != b).any() for a, b in zip(after, read(rows, 4)))
+    assert all((a == b).all() for a, b in zip(before, read(practise_retrieval(plain, 0.0, 0.0, 150, None), 3)))
 
 
 def test_facts_are_stated_once_and_used_once_further_on(tokenizer):
     words = " ".join(a + b + c + d for a in "bdfgk" for b in "aeiou" for c in "lmnrt" for d in "aeiou")
-    long, short = encode_documents([" ".join([words] * 4), "a short one"], tokenizer, progress=False)
-    rows = pack([long, short], len(long) + len(short))
-    changed = state_facts(rows, 1.0, 1000, tokenizer)
-    (_, same), (after, other) = (sorted(row[0], key=len, reverse=True) for row in (rows.rows, changed.rows))
-    assert (same == other).all()
-    assert len(after) == len(long)
-    assert after.dtype == long.dtype
-    numbers = re.findall(r"\d{3,}", tokenizer.decode(after))
-    assert len(numbers) >= MIN_FACTS
-    assert set(Counter(numbers).values()) == {2}
-    again = state_facts(rows, 1.0, 1000, tokenizer)
-    assert (np.concatenate(again.rows[0]) == np.concatenate(changed.rows[0])).all()
-    untouched = state_facts(rows, 0.0, 1000, tokenizer)
-    assert (np.concatenate(untouched.rows[0]) == np.concatenate(rows.rows[0])).all()
+    (long,) = encode_documents([" ".join([words] * 4)], tokenizer, progress=False)
+    rows = practise_retrieval(pack([long], len(long)), 0.0, 1.0, 1000, tokenizer)
+    ((first,), (second,)) = (read(rows, seed) for seed in (0, 1))
+    assert len(first) == len(second) == len(long)
+    drawn = []
+    for tokens in (first, second):
+        numbers = Counter(re.findall(r"\d{3,}", tokenizer.decode(tokens)))
+        assert len(numbers) >= MIN_FACTS // 2
+        assert set(numbers.values()) == {2}
+        drawn.append(set(numbers))
+    assert drawn[0] != drawn[1]
 
 
 def test_practice_does_not_know_the_tasks():
@@ -268,8 +273,7 @@ def test_practice_does_not_know_the_tasks():
 
 def test_a_document_of_few_words_is_given_no_facts(tokenizer):
     (document,) = encode_documents(["12 " * 2000], tokenizer, progress=False)
-    rows = pack([document], len(document))
-    assert (state_facts(rows, 1.0, 10, tokenizer).rows[0][0] == document).all()
+    assert (state_facts(document, random.Random(0), tokenizer) == document).all()
 
 
 def test_collator_joins_rows_into_one_sequence_of_documents():

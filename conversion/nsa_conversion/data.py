@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ __all__ = [
     "encode_documents",
     "hold_out",
     "pack",
+    "practise_retrieval",
     "read_dataset",
     "read_files",
     "read_text",
-    "repeat_passages",
+    "repeat_passage",
     "state_facts",
 ]
 
@@ -340,10 +341,16 @@ class PackedRows(torch.utils.data.Dataset):
 
     Args:
         rows: for every row, the documents in it (int32 arrays).
+        change: called with a document and random numbers whenever its row is read, seeded by torch's; returns what to
+            read instead, of the same length.
     """
 
-    def __init__(self, rows: Sequence[Sequence[np.ndarray]]):
-        self.rows = rows
+    def __init__(
+        self,
+        rows: Sequence[Sequence[np.ndarray]],
+        change: Callable[[np.ndarray, random.Random], np.ndarray] | None = None,
+    ):
+        self.rows, self.change = rows, change
         self.num_tokens = sum(len(piece) for row in rows for piece in row)
 
     def __len__(self) -> int:
@@ -351,6 +358,9 @@ class PackedRows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         pieces = self.rows[index]
+        if self.change is not None:
+            rng = random.Random(f"{torch.randint(2**31, ()).item()} {index}")
+            pieces = [self.change(piece, rng) for piece in pieces]
         input_ids = torch.from_numpy(np.concatenate(pieces).astype(np.int64))
         labels = input_ids.clone()
         labels[np.cumsum([0, *map(len, pieces[:-1])])] = -100
@@ -403,76 +413,67 @@ def pack(documents: Iterable[np.ndarray], max_length: int, full_rows: bool = Fal
     return PackedRows([[pieces[index] for index in sorted(row)] for row in sorted(rows, key=min)])
 
 
-def repeat_passages(rows: PackedRows, share: float, shortest: int, seed: int = 0) -> PackedRows:
-    """Copy a passage inside some documents, so that the selection has something to find again.
-
-    A passage of an eighth to a third of the document is written again over a later part of it; lengths stay.
-
-    Args:
-        rows: packed documents.
-        share: of the documents of at least `shortest` tokens that are changed, 0 to 1.
-        shortest: tokens.
-        seed: of the choice.
-    """
-    rng = random.Random(seed)
-
-    def change(tokens):
-        if len(tokens) < shortest or rng.random() >= share:
-            return tokens
-        length = rng.randint(len(tokens) // 8, len(tokens) // 3)
-        start = rng.randint(0, len(tokens) - 2 * length)
-        again = rng.randint(start + length, len(tokens) - length)
-        changed = tokens.copy()
-        changed[again : again + length] = tokens[start : start + length]
-        return changed
-
-    return PackedRows([[change(piece) for piece in row] for row in rows.rows])
+def repeat_passage(tokens: np.ndarray, rng: random.Random) -> np.ndarray:
+    """Copy a passage of an eighth to a third of a document over a later part of it; the length stays."""
+    length = rng.randint(len(tokens) // 8, len(tokens) // 3)
+    start = rng.randint(0, len(tokens) - 2 * length)
+    again = rng.randint(start + length, len(tokens) - length)
+    changed = tokens.copy()
+    changed[again : again + length] = tokens[start : start + length]
+    return changed
 
 
-def state_facts(rows: PackedRows, share: float, shortest: int, tokenizer, seed: int = 0) -> PackedRows:
-    """Write made-up facts into some documents, each once, and once more further on: what is not found is not known.
+def state_facts(tokens: np.ndarray, rng: random.Random, tokenizer) -> np.ndarray:
+    """Write made-up facts into a document, each once, and once more further on: what is not found is not known.
 
     Names are two words of the document, values numbers or other words. Facts are stated anywhere in its first nine
-    tenths; half of them are used somewhere behind, the others one after the other at its end. Lengths stay: the end of
-    the text gives way.
+    tenths; half of them are used somewhere behind, the others one after the other at its end. The length stays: the
+    end of the text gives way. A document of too few words stays as it is.
+    """
+    words = sorted(set(re.findall(r"\b[a-z]{4,9}\b", tokenizer.decode(tokens))))
+    count = min(rng.randint(MIN_FACTS, MAX_FACTS), len(words) // 4)
+    names, others = (rng.sample(words, 2 * count) for _ in range(2))
+    sentences, places = [], []
+    for fact in range(count):
+        value = rng.randrange(100, 1_000_000) if rng.random() < 0.7 else " ".join(others[2 * fact : 2 * fact + 2])
+        given = {"key": rng.choice(FACT_KEYS), "name": " ".join(names[2 * fact : 2 * fact + 2]), "value": value}
+        sentences += [rng.choice(forms).format(**given) for forms in (FACTS_STATED, FACTS_USED)]
+        stated = rng.uniform(0, 0.9)
+        places += [stated, rng.uniform(stated, 1) if rng.random() < 0.5 else 1 + rng.random()]
+    if not sentences:
+        return tokens
+    pieces = tokenizer(sentences, add_special_tokens=False)["input_ids"]
+    text = tokens[: len(tokens) - sum(map(len, pieces))]
+    if len(text) < len(tokens) // 2:
+        return tokens
+    order = sorted(range(len(pieces)), key=places.__getitem__)
+    parts = np.split(text, [min(int(places[each] * len(text)), len(text)) for each in order])
+    mixed = [parts[0]]
+    for each, part in zip(order, parts[1:]):
+        mixed += [np.asarray(pieces[each], dtype=tokens.dtype), part]
+    return np.concatenate(mixed)
+
+
+def practise_retrieval(
+    rows: PackedRows, repeat_share: float, fact_share: float, shortest: int, tokenizer
+) -> PackedRows:
+    """Rows in which some documents are changed by `repeat_passage` and `state_facts`, drawn anew at every reading.
 
     Args:
         rows: packed documents.
-        share: of the documents of at least `shortest` tokens that are changed, 0 to 1.
-        shortest: tokens; documents with too few words stay as they are.
+        repeat_share, fact_share: of the documents of at least `shortest` tokens, 0 to 1; one may be changed by both.
+        shortest: tokens.
         tokenizer: of the tokens.
-        seed: of the choice.
     """
-    rng = random.Random(seed)
 
-    def change(tokens):
-        if len(tokens) < shortest or rng.random() >= share:
-            return tokens
-        words = sorted(set(re.findall(r"\b[a-z]{4,9}\b", tokenizer.decode(tokens))))
-        count = min(rng.randint(MIN_FACTS, MAX_FACTS), len(words) // 4)
-        names, others = (rng.sample(words, 2 * count) for _ in range(2))
-        sentences, places = [], []
-        for fact in range(count):
-            value = rng.randrange(100, 1_000_000) if rng.random() < 0.7 else " ".join(others[2 * fact : 2 * fact + 2])
-            given = {"key": rng.choice(FACT_KEYS), "name": " ".join(names[2 * fact : 2 * fact + 2]), "value": value}
-            sentences += [rng.choice(forms).format(**given) for forms in (FACTS_STATED, FACTS_USED)]
-            stated = rng.uniform(0, 0.9)
-            places += [stated, rng.uniform(stated, 1) if rng.random() < 0.5 else 1 + rng.random()]
-        if not sentences:
-            return tokens
-        pieces = tokenizer(sentences, add_special_tokens=False)["input_ids"]
-        text = tokens[: len(tokens) - sum(map(len, pieces))]
-        if len(text) < len(tokens) // 2:
-            return tokens
-        order = sorted(range(len(pieces)), key=places.__getitem__)
-        cuts = [min(int(places[each] * len(text)), len(text)) for each in order]
-        parts = np.split(text, cuts)
-        mixed = [parts[0]]
-        for each, part in zip(order, parts[1:]):
-            mixed += [np.asarray(pieces[each], dtype=tokens.dtype), part]
-        return np.concatenate(mixed)
+    def change(tokens, rng):
+        if len(tokens) >= shortest and rng.random() < repeat_share:
+            tokens = repeat_passage(tokens, rng)
+        if len(tokens) >= shortest and rng.random() < fact_share:
+            tokens = state_facts(tokens, rng, tokenizer)
+        return tokens
 
-    return PackedRows([[change(piece) for piece in row] for row in rows.rows])
+    return PackedRows(rows.rows, change)
 
 
 class PackedRowsCollator:

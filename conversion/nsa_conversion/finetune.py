@@ -54,10 +54,9 @@ from .data import (
     encode_documents,
     hold_out,
     pack,
+    practise_retrieval,
     read_dataset,
     read_files,
-    repeat_passages,
-    state_facts,
 )
 from .errors import NSAError
 from .hub import MODEL_FILES, hub_errors, push
@@ -161,15 +160,15 @@ class DataArguments:
     repeat_share: float = field(
         default=0.0,
         metadata={
-            "help": "Share of the long training documents in which a passage is written a second time further on: "
-            "practice for a selection that has to find it again."
+            "help": "Share of the long training documents in which a passage is written a second time further on, "
+            "drawn anew in every epoch: practice for a selection that has to find it again."
         },
     )
     fact_share: float = field(
         default=0.0,
         metadata={
             "help": "Share of the long training documents into which made-up facts are written, each stated once and "
-            "used once further on: practice for retrieval."
+            "used once further on, drawn anew in every epoch: practice for retrieval."
         },
     )
     eval_file: list[str] | None = field(default=None, metadata={"help": "Files to evaluate on; same formats."})
@@ -793,10 +792,8 @@ def _run(
     else:
         encoded, held_out = hold_out(encoded, data.eval_fraction, args.seed)
     rows = pack(encoded, data.max_length, data.full_rows)
-    if data.repeat_share:
-        rows = repeat_passages(rows, data.repeat_share, data.max_length // 2, args.seed)
-    if data.fact_share:
-        rows = state_facts(rows, data.fact_share, data.max_length // 2, tokenizer, args.seed + 1)
+    if data.repeat_share or data.fact_share:
+        rows = practise_retrieval(rows, data.repeat_share, data.fact_share, data.max_length // 2, tokenizer)
     eval_rows: PackedRows | None = pack(held_out, data.max_length) if held_out else None
     texts = _evaluation_texts(held_out, data.max_length, data.eval_slices)
 
