@@ -155,9 +155,10 @@ def test_heads_that_need_several_tiles():
     check(70, 1, 1, 65, 16, 16, batch=1)
 
 
-@pytest.mark.parametrize("width", [1024, 4])
-def test_equal_importances_fall_to_the_smaller_index(monkeypatch, width):
+@pytest.mark.parametrize("width, splits", [(1024, 1), (1024, 5), (4, 2)])
+def test_equal_importances_fall_to_the_smaller_index(monkeypatch, width, splits):
     monkeypatch.setattr(decode, "_MAX_WIDTH", width)
+    monkeypatch.setattr(decode, "_splits", lambda tiles, programs, device: splits)
     inputs = make_cache(300, 1, 1, 2, 16, 16, SIZES)
     q, gates = torch.zeros_like(inputs[0]), inputs[GATES]
     _, chosen, _ = decode.decode_attention(q, *inputs[1:7], *gates, **SIZES, q_offset=300)
@@ -171,6 +172,7 @@ def test_many_chosen_blocks():
 def test_rows_longer_than_are_ranked_at_once(monkeypatch):
     monkeypatch.setattr(decode, "_MAX_WIDTH", 16)
     monkeypatch.setattr(decode, "_JOINED", 32)
+    monkeypatch.setattr(decode, "_HELD", 32)
     check(400, 1, 1, 2, 16, 16, {**SIZES, "select_block_size": 8, "num_selected_blocks": 9}, batch=1)
 
 

@@ -25,7 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .compressed import head_dims, strides, visible_blocks
 from .library import define
-from .selection import fold_sizes, fold_tile
+from .selection import _fold, fold_sizes, fold_tile
 from .triton_common import (
     LOG2E,
     NEGATIVE,
@@ -59,6 +59,21 @@ _MAX_WIDTH = 1024
 _JOINED = 8192
 # Warps of the kernel that joins and ranks them.
 _MERGE_WARPS = 8
+# Variants, for one sweep. How blocks are ranked: "base", through memory; "registers", in a kernel of its own; "fused",
+# by every program that attends to chosen blocks.
+_RANKING = "registers"
+# Importances times heads joined at once in registers.
+_HELD = 16384
+# Whether tiles of compressed blocks lend each other what reaches over their edges instead of reading blocks twice.
+_EDGE = True
+# Whether the kernel that ranks lets the next one start before its own wait.
+_EARLY = False
+# Outputs of splits that a warp of the last kernel holds at once; 0: always four warps.
+_COMBINED = 2048
+# Groups of importances, per block that is kept, of which the best are kept: at most 128 groups are compared at once.
+_GROUPS = 4
+# Whether shares of the splits differ by at most one tile.
+_BALANCED = True
 # Arguments that change with the number of tokens: a kernel is not compiled anew for each kind of value.
 _VARYING = ["q_offset", "T", "C", "TW", "S", "tiles", "splits", "all_splits"]
 
@@ -147,6 +162,11 @@ def _compute(
         _config(q.get_device(), q.dtype, D, DV, G, tile["BLOCK_M"], *blocks) for tile in (rows, single)
     )
     fold = fold_sizes(compress_block_size, compress_stride, select_block_size, narrowest=config["BLOCK_N"])
+    base = _RANKING == "base"
+    edge = _EDGE and not base and fold["HALO"] == 1
+    if edge:
+        fold = {**fold, "HALO": 0, "OUT": fold["OUT"] + 1}
+    per = fold["BLOCK_N"] // fold["COLUMNS"]
     S = cdiv(k.shape[1], select_block_size)
     padded = 16 * cdiv(S, 16)  # rows start where 16-byte loads can
     tiles = cdiv(S, fold["OUT"])
@@ -164,7 +184,8 @@ def _compute(
     floats = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     lse, parts = floats(B, T, HQ, all_splits), floats(B, T, HQ, all_splits, DV)
     # every head's importances, each tile of them relative to its peak
-    imp, peak, joined = floats(B, T, HQ, padded), floats(B, T, HQ, tiles), floats(B, T, H, padded)
+    imp, peak = floats(B, T, HQ, padded if base else tiles * per), floats(B, T, HQ, tiles)
+    edges = floats(B, T, HQ, tiles) if edge else None
 
     by_tensor = q_offset_tensor is not None
     where = {
@@ -185,20 +206,39 @@ def _compute(
     chained = {"PDL": _overlaps(q.device), "launch_pdl": _overlaps(q.device)}
 
     _partial_kernel[(H * rows["GROUPS"] * query_tiles, B, splits)](
-        q, k_cmp, v_cmp, parts, lse, imp, peak, *strides(q, k_cmp, v_cmp), query_tiles=query_tiles, **counts,
+        q, k_cmp, v_cmp, parts, lse, imp, peak, edges, *strides(q, k_cmp, v_cmp), query_tiles=query_tiles, **counts,
         **where, **shapes, **compression, **rows, COLUMNS=fold["COLUMNS"], HALO=fold["HALO"], FOLD=free > 0,
-        **{**config, "BLOCK_N": fold["BLOCK_N"]}, PDL=_overlaps(q.device),
+        **{**config, "BLOCK_N": fold["BLOCK_N"]}, PDL=_overlaps(q.device), PADDED=not base, EDGE=edge,
+        BALANCED=_BALANCED,
     )  # fmt: skip
     heads, kept = next_power_of_2(G), next_power_of_2(max(1, free))
-    width = max(kept, min(_MAX_WIDTH, 128 if S <= 128 else 1024))
-    joining = max(16, min(width, _JOINED // heads))
-    keys = torch.empty(B, T, H, 2 * width, dtype=torch.int64, device=q.device)
-    _merge_kernel[(T, H, B)](
-        lse, imp, peak, joined, keys, block_indices, **counts, **where, **compression, **forced,
-        BLOCKS=select_block_size, G=G, HEADS=heads, SPLITS=next_power_of_2(splits), JOINED=joining, WIDTH=width,
-        KEPT=kept, WIDTH_OUT=next_power_of_2(num_selected_blocks), num_warps=_MERGE_WARPS, enable_fp_fusion=True,
-        **chained,
-    )  # fmt: skip
+    if base:
+        joined = floats(B, T, H, padded)
+        width = max(kept, min(_MAX_WIDTH, 128 if S <= 128 else 1024))
+        joining = max(16, min(width, _JOINED // heads))
+        keys = torch.empty(B, T, H, 2 * width, dtype=torch.int64, device=q.device)
+        _merge_base_kernel[(T, H, B)](
+            lse, imp, peak, joined, keys, block_indices, **counts, **where, **compression, **forced,
+            BLOCKS=select_block_size, G=G, HEADS=heads, SPLITS=next_power_of_2(splits), JOINED=joining, WIDTH=width,
+            KEPT=kept, WIDTH_OUT=next_power_of_2(num_selected_blocks), EARLY=_EARLY, num_warps=_MERGE_WARPS,
+            enable_fp_fusion=True, **chained,
+        )  # fmt: skip
+    else:
+        width = max(per, kept, min(_MAX_WIDTH, per * next_power_of_2(tiles), max(16, _HELD // heads)))
+        # a tensor of fewer elements than threads would be loaded and worked on in every layout that it is needed in
+        part_splits = max(next_power_of_2(splits), 32 * _MERGE_WARPS // heads)
+        ranking = {
+            "G": G, "HEADS": heads, "PART_SPLITS": part_splits, "PER": per, "TILES": width // per,
+            "HALO": fold["HALO"], "EDGE": edge, "ONE": tiles * per <= width, "KEPT": kept,
+            "FACTOR": max(2, min(_GROUPS, 128 // kept)),
+        }  # fmt: skip
+        if _RANKING == "registers":
+            _merge_kernel[(T, H, B)](
+                lse, imp, peak, edges, block_indices, C=k_cmp.shape[1], tiles=tiles, splits=splits,
+                all_splits=all_splits, **where, **compression, **forced, **ranking, BLOCKS=select_block_size,
+                WIDTH_OUT=next_power_of_2(num_selected_blocks), EARLY=_EARLY, num_warps=_MERGE_WARPS,
+                enable_fp_fusion=True, **chained,
+            )  # fmt: skip
     # fewer tiles ahead leave room for more programs: for those of the window beside those that wait for the choice
     _selected_kernel[(T * H * single["GROUPS"], B, window_splits + chosen_splits)](
         q, k, v, k_win, v_win, block_indices, parts, lse, *strides(q, k, v, k_win, v_win), TW=k_win.shape[1],
@@ -206,12 +246,14 @@ def _compute(
         BLOCKS=select_block_size, W=window_size, RING=window_ring,
         **{**config_single, "num_stages": min(2, config_single["num_stages"])}, **chained,
     )  # fmt: skip
-    parts_tile = next_power_of_2(all_splits)
+    parts_tile, block = next_power_of_2(all_splits), next_power_of_2(DV)
+    combined = min(parts_tile, _JOINED // block)
+    # a single warp adds up without a barrier, and finds room earlier
+    combine_warps = max(1, min(4, combined * block // _COMBINED)) if _COMBINED else 4
     _combine_kernel[(HQ, T, B)](
         parts, lse, g_cmp, g_slc, g_win, o, *g_cmp.stride(), *g_slc.stride(), *g_win.stride(), HQ, T,
         splits, window_splits, all_splits, DV=DV, SPLITS=parts_tile,
-        TILE=min(parts_tile, _JOINED // next_power_of_2(DV)), BLOCK=next_power_of_2(DV), num_warps=4,
-        enable_fp_fusion=True, **chained,
+        TILE=combined, BLOCK=block, num_warps=combine_warps, enable_fp_fusion=True, **chained,
     )  # fmt: skip
     return o, block_indices
 
@@ -318,14 +360,14 @@ def _store_split(o_ptr, lse_ptr, row, used, m_log2, z, acc_1, acc_2, DV: tl.cons
 
 @triton.jit(do_not_specialize=_VARYING)
 def _partial_kernel(
-    q_ptr, k_cmp_ptr, v_cmp_ptr, o_ptr, lse_ptr, imp_ptr, peak_ptr,
+    q_ptr, k_cmp_ptr, v_cmp_ptr, o_ptr, lse_ptr, imp_ptr, peak_ptr, edge_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     q_offset, leftpad_ptr, stride_offset, T, HQ, C, S, tiles, splits, all_splits, query_tiles, scale,
     OFFSET: tl.constexpr, LEFTPAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
     RATIO: tl.constexpr, COLUMNS: tl.constexpr, HALO: tl.constexpr, OUT: tl.constexpr, FOLD: tl.constexpr,
     PRECISION: tl.constexpr, TILE: tl.constexpr, GT: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, PDL: tl.constexpr, PADDED: tl.constexpr, EDGE: tl.constexpr, BALANCED: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of queries to a share of the compressed blocks, with their importances.
 
@@ -354,12 +396,16 @@ def _partial_kernel(
 
     blocks = visible_blocks(pos0 + T - 1, C, SIZE, STRIDE)
     live = _live_tiles(blocks, tiles, SIZE, STRIDE, RATIO, OUT)
-    share = tl.cdiv(live, splits)
+    if BALANCED:
+        first, stop = i_split * live // splits, (i_split + 1) * live // splits
+    else:
+        share = tl.cdiv(live, splits)
+        first, stop = i_split * share, tl.minimum((i_split + 1) * share, live)
     n_visible = visible_blocks(position, blocks, SIZE, STRIDE)
     offs_j = tl.arange(0, BLOCK_N // COLUMNS)
     k_ptrs = k_cmp_ptr + i_b * stride_kb + i_h * stride_kh
     v_ptrs = v_cmp_ptr + i_b * stride_vb + i_h * stride_vh
-    for i_keys in range(i_split * share, tl.minimum((i_split + 1) * share, live)):
+    for i_keys in range(first, stop):
         j0 = i_keys * OUT - HALO
         offs_key = (j0 + offs_n // COLUMNS) * RATIO + offs_n % COLUMNS
         mask_key = (offs_key >= 0) & (offs_key < blocks) & (offs_n % COLUMNS < RATIO)
@@ -372,8 +418,18 @@ def _partial_kernel(
         p = tl.exp2(s - m_new[:, None])
         if FOLD:
             imp = fold_tile(p, RATIO, COLUMNS, HALO, SIZE // STRIDE)
-            mask_j = (offs_j >= HALO) & (offs_j < HALO + OUT) & (j0 + offs_j < S)
-            tl.store(imp_ptr + row[:, None] * S + (j0 + offs_j)[None, :], imp, mask=used[:, None] & mask_j[None, :])
+            if EDGE:
+                before = _fold(p, 1, RATIO, COLUMNS, SIZE // STRIDE)
+                index = tl.broadcast_to(tl.maximum(offs_j - 1, 0)[None, :], before.shape)
+                imp += tl.where((offs_j > 0)[None, :], tl.gather(before, index, 1), 0.0)
+                over = tl.sum(tl.where((offs_j == before.shape[1] - 1)[None, :], before, 0.0), 1)
+                tl.store(edge_ptr + row * tiles + i_keys, over, mask=used)
+            if PADDED:
+                imp_ptrs = imp_ptr + ((row * tiles + i_keys) * (BLOCK_N // COLUMNS))[:, None] + offs_j[None, :]
+                tl.store(imp_ptrs, imp, mask=used[:, None])
+            else:
+                mask_j = (offs_j >= HALO) & (offs_j < HALO + OUT) & (j0 + offs_j < S)
+                tl.store(imp_ptr + row[:, None] * S + (j0 + offs_j)[None, :], imp, mask=used[:, None] & mask_j[None, :])
             tl.store(peak_ptr + row * tiles + i_keys, m_new, mask=used)
         p = tl.where(own[None, :], p, 0.0)
         alpha = tl.exp2(m - m_new)
@@ -386,14 +442,194 @@ def _partial_kernel(
     _store_split(o_ptr, lse_ptr, row * all_splits + i_split, used, m, z, acc_1, acc_2, DV, DV1, DV2)
 
 
+@triton.jit
+def _weigh(lse):
+    """Base-2 lse `[HEADS, splits]` joined: its whole part as an exponent, and 2 to the rest, 0 where it is -inf."""
+    highest = tl.max(lse, 1)
+    some = highest > float("-inf")
+    highest = tl.where(some, highest, 0.0)
+    lse = highest + tl.log2(tl.where(some, tl.sum(tl.exp2(lse - highest[:, None]), 1), 1.0))
+    whole = tl.floor(lse)  # scaling by whole powers of two keeps equals equal
+    return whole, tl.where(some, tl.exp2(whole - lse), 0.0)
+
+
+@triton.jit
+def _load_scores(
+    imp_ptr, peak_ptr, edge_ptr, t0, live, tiles, G: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr,
+    PER: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Importances of TILES tiles from t0 on, `[HEADS, TILES, PER]`; and of each tile the peak, what the tile before it
+    lends to it, and the peak of that, `[HEADS, TILES]`."""
+    head, tile = tl.arange(0, HEADS), t0 + tl.arange(0, TILES)
+    place = head[:, None] * tiles + tile[None, :]
+    mask = (head < G)[:, None] & (tile < live)[None, :]
+    # as rows, of which a thread holds a piece of every head
+    offs = t0 * PER + tl.arange(0, TILES * PER)
+    mask_imp = (head < G)[:, None] & (offs < live * PER)[None, :]
+    imp = tl.load(imp_ptr + (head * tiles * PER)[:, None] + offs[None, :], mask=mask_imp, other=0.0)
+    imp = tl.reshape(imp, [HEADS, TILES, PER])
+    peak = tl.load(peak_ptr + place, mask=mask, other=NEGATIVE)
+    over, peak_over = peak, peak
+    if EDGE:
+        mask &= (tile > 0)[None, :]
+        over = tl.load(edge_ptr + place - 1, mask=mask, other=0.0)
+        peak_over = tl.load(peak_ptr + place - 1, mask=mask, other=NEGATIVE)
+    return imp, peak, over, peak_over
+
+
+@triton.jit
+def _make_keys(
+    imp, peak, over, peak_over, whole, rest, t0, stop, OUT: tl.constexpr, HALO: tl.constexpr, INITIAL: tl.constexpr,
+    EDGE: tl.constexpr,
+):  # fmt: skip
+    """Importances summed over heads as distinct keys in their order; of equals the smaller index has the larger key."""
+    offs_c = tl.arange(0, imp.shape[2])
+    imp *= tl.exp2(peak - whole[:, None])[:, :, None]
+    if EDGE:
+        over *= tl.exp2(peak_over - whole[:, None])
+        imp += tl.where((offs_c == 0)[None, None, :], over[:, :, None], 0.0)
+    total = tl.sum(imp * rest[:, None, None], 0)
+    block = (t0 + tl.arange(0, imp.shape[1]))[:, None] * OUT + (offs_c - HALO)[None, :]
+    candidate = ((offs_c >= HALO) & (offs_c < HALO + OUT))[None, :] & (block >= INITIAL) & (block < stop)
+    bits = tl.where(candidate, total, -1.0).to(tl.int32, bitcast=True)  # of floats >= 0 they have their order
+    # what is no candidate has distinct keys, too
+    place = (t0 + tl.arange(0, imp.shape[1]))[:, None] * imp.shape[2] + offs_c[None, :]
+    keys = (bits.to(tl.int64) << 32) | (0x7FFFFFFF - tl.where(candidate, block, place))
+    return tl.reshape(keys, [imp.shape[1] * imp.shape[2]])
+
+
+@triton.jit
+def _rank(keys, AXIS: tl.constexpr):
+    """How many of the distinct keys are larger than each; AXIS is the one to sum over, where fewest threads share it."""
+    COUNT: tl.constexpr = keys.shape[0]
+    if COUNT <= 128:
+        if AXIS == 0:
+            rank = tl.sum((keys[:, None] > keys[None, :]).to(tl.int32), 0)
+        else:
+            rank = tl.sum((keys[None, :] > keys[:, None]).to(tl.int32), 1)
+    else:
+        rank = tl.zeros([COUNT], dtype=tl.int32)
+        for i in range(0, COUNT, 32):
+            some = tl.gather(keys, i + tl.arange(0, 32), 0)
+            rank += tl.sum((some[:, None] > keys[None, :]).to(tl.int32), 0)
+    return rank
+
+
+@triton.jit
+def _narrow_down(keys, KEPT: tl.constexpr, GROUPS: tl.constexpr):
+    """Keys of the KEPT groups, of GROUPS, whose maxima are largest: the KEPT largest of distinct keys are among them.
+
+    A key of another group is below KEPT maxima.
+    """
+    keys = tl.reshape(keys, [GROUPS, keys.shape[0] // GROUPS])
+    ranked = _rank(tl.max(keys, 1), 1)[:, None] == tl.arange(0, KEPT)[None, :]
+    group = tl.sum(tl.where(ranked, tl.arange(0, GROUPS)[:, None], 0), 0)
+    keys = tl.gather(keys, tl.broadcast_to(group[:, None], [KEPT, keys.shape[1]]), 0)
+    return tl.reshape(keys, [KEPT * keys.shape[1]])
+
+
+@triton.jit
+def _few(keys, KEPT: tl.constexpr, FACTOR: tl.constexpr):
+    """At most FACTOR · KEPT of the keys, the KEPT largest among them."""
+    for _ in tl.static_range(16):
+        if keys.shape[0] > FACTOR * KEPT:
+            keys = _narrow_down(keys, KEPT, FACTOR * KEPT)
+    return keys
+
+
+@triton.jit
+def _choose(
+    lse_ptr, imp_ptr, peak_ptr, edge_ptr, out_ptr, row, live, stop, tiles, splits, all_splits,
+    OUT: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, G: tl.constexpr,
+    HEADS: tl.constexpr, SPLITS: tl.constexpr, PER: tl.constexpr, TILES: tl.constexpr, HALO: tl.constexpr,
+    EDGE: tl.constexpr, ONE: tl.constexpr, KEPT: tl.constexpr, FACTOR: tl.constexpr,
+):  # fmt: skip
+    """Store the blocks below `stop` of the highest importance, summed over splits and heads, between forced ones.
+
+    TILES tiles are joined and ranked at a time, in registers: all that is read is under way before anything is used.
+
+    Args:
+        row: Of the group's first head. live: Tiles that have importances, those of others are 0.
+    """
+    head, offs_s = tl.arange(0, HEADS), tl.arange(0, SPLITS)
+    mask_s = (head < G)[:, None] & (offs_s < splits)[None, :]
+    lse = tl.load(lse_ptr + (row + head)[:, None] * all_splits + offs_s[None, :], mask=mask_s, other=float("-inf"))
+    imp_ptr += row * tiles * PER
+    peak_ptr += row * tiles
+    if EDGE:
+        edge_ptr += row * tiles
+    live = tl.minimum(live, tl.cdiv(stop, OUT))
+    imp, peak, over, peak_over = _load_scores(
+        imp_ptr, peak_ptr, edge_ptr, 0, live, tiles, G, HEADS, TILES, PER, EDGE
+    )  # fmt: skip
+    whole, rest = _weigh(lse)
+    few = _few(_make_keys(imp, peak, over, peak_over, whole, rest, 0, stop, OUT, HALO, INITIAL, EDGE), KEPT, FACTOR)
+    if not ONE:
+        for t0 in range(TILES, tl.cdiv(stop, OUT), TILES):
+            imp, peak, over, peak_over = _load_scores(
+                imp_ptr, peak_ptr, edge_ptr, t0, live, tiles, G, HEADS, TILES, PER, EDGE
+            )  # fmt: skip
+            more = _make_keys(imp, peak, over, peak_over, whole, rest, t0, stop, OUT, HALO, INITIAL, EDGE)
+            more = _few(more, KEPT, FACTOR)
+            few = _narrow_down(tl.reshape(tl.join(few, more), [2 * few.shape[0]]), KEPT, 2 * KEPT)
+    chosen = _rank(few, 0) < N - INITIAL - LOCAL
+    index = tl.where(chosen, 0x7FFFFFFF - (few & 0x7FFFFFFF).to(tl.int32), 0x7FFFFFFF)
+    tl.store(out_ptr + INITIAL + _rank(-index, 0), index, mask=chosen)
+
+
+@triton.jit
+def _store_forced(out_ptr, own, N: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, WIDTH: tl.constexpr):
+    """Store the blocks that are chosen without a search; all of them where there are at most N."""
+    slot = tl.arange(0, WIDTH)
+    first = tl.where(own >= N, INITIAL, N)
+    block = tl.where(slot < first, slot, own - (N - 1 - slot))
+    mask_slot = ((slot < first) | (slot >= N - LOCAL)) & (slot < N)
+    tl.store(out_ptr + slot, tl.where(block <= own, block, -1), mask=mask_slot)
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def _merge_kernel(
+    lse_ptr, imp_ptr, peak_ptr, edge_ptr, out_ptr,
+    q_offset, leftpad_ptr, stride_offset, T, HQ, C, tiles, splits, all_splits,
+    OFFSET: tl.constexpr, LEFTPAD: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr,
+    OUT: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+    G: tl.constexpr, HEADS: tl.constexpr, PART_SPLITS: tl.constexpr, PER: tl.constexpr, TILES: tl.constexpr,
+    HALO: tl.constexpr, EDGE: tl.constexpr, ONE: tl.constexpr, KEPT: tl.constexpr, FACTOR: tl.constexpr,
+    WIDTH_OUT: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Block indices of a query: the forced blocks, and those of the highest importance, summed over splits and heads.
+
+    Grid: (T, H, B)
+    """
+    if PDL and EARLY:
+        gdc_launch_dependents()
+    i_q, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    pos0, _ = _first_position(i_b, q_offset, leftpad_ptr, stride_offset, OFFSET, LEFTPAD)
+    position = pos0 + i_q
+    own = tl.where(position >= 0, position // BLOCKS, -1)
+    out_ptr += ((i_b * T + i_q) * tl.num_programs(1) + i_h) * N
+    _store_forced(out_ptr, own, N, INITIAL, LOCAL, WIDTH_OUT)
+    live = _live_tiles(visible_blocks(pos0 + T - 1, C, SIZE, STRIDE), tiles, SIZE, STRIDE, RATIO, OUT)
+    if PDL:
+        gdc_wait()
+        if not EARLY:
+            gdc_launch_dependents()
+    if (N > INITIAL + LOCAL) & (own >= N):
+        _choose(
+            lse_ptr, imp_ptr, peak_ptr, edge_ptr, out_ptr, (i_b * T + i_q) * HQ + i_h * G, live, own - LOCAL + 1,
+            tiles, splits, all_splits, OUT, N, INITIAL, LOCAL, G, HEADS, PART_SPLITS, PER, TILES, HALO, EDGE, ONE, KEPT,
+            FACTOR,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _merge_base_kernel(
     lse_ptr, imp_ptr, peak_ptr, joined_ptr, keys_ptr, out_ptr,
     q_offset, leftpad_ptr, stride_offset, T, HQ, C, S, tiles, splits, all_splits,
     OFFSET: tl.constexpr, LEFTPAD: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr,
     OUT: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
     G: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr, JOINED: tl.constexpr, WIDTH: tl.constexpr,
-    KEPT: tl.constexpr, WIDTH_OUT: tl.constexpr, PDL: tl.constexpr,
+    KEPT: tl.constexpr, WIDTH_OUT: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Block indices of a query: the forced blocks, and those of the highest importance, summed over splits and heads.
 
@@ -410,7 +646,12 @@ def _merge_kernel(
     out_ptr += out_row * N
     joined_ptr += out_row * S
     keys_ptr += out_row * 2 * WIDTH
-    _wait_for_the_kernel_before(PDL)
+    if PDL:
+        if EARLY:
+            gdc_launch_dependents()
+        gdc_wait()
+        if not EARLY:
+            gdc_launch_dependents()
 
     slot = tl.arange(0, WIDTH_OUT)
     first = tl.where(searched, INITIAL, N)
