@@ -59,15 +59,16 @@ _MAX_WIDTH = 1024
 _JOINED = 8192
 # Warps of the kernel that joins and ranks them.
 _MERGE_WARPS = 8
-# Variants, for one sweep. How blocks are ranked: "base", through memory; "registers", in a kernel of its own; "fused",
-# by every program that attends to chosen blocks.
+# Variants, for one sweep. How blocks are ranked: "base", through memory, or in "registers".
 _RANKING = "registers"
+# Most registers of a thread of the kernel that ranks; None: what it takes. 112 leave room for three programs beside it.
+_MERGE_REGISTERS = 112
 # Importances times heads joined at once in registers.
 _HELD = 16384
 # Whether tiles of compressed blocks lend each other what reaches over their edges instead of reading blocks twice.
 _EDGE = True
 # Whether the kernel that ranks lets the next one start before its own wait.
-_EARLY = False
+_EARLY = True
 # Outputs of splits that a warp of the last kernel holds at once; 0: always four warps.
 _COMBINED = 2048
 # Groups of importances, per block that is kept, of which the best are kept: at most 128 groups are compared at once.
@@ -232,13 +233,12 @@ def _compute(
             "HALO": fold["HALO"], "EDGE": edge, "ONE": tiles * per <= width, "KEPT": kept,
             "FACTOR": max(2, min(_GROUPS, 128 // kept)),
         }  # fmt: skip
-        if _RANKING == "registers":
-            _merge_kernel[(T, H, B)](
-                lse, imp, peak, edges, block_indices, C=k_cmp.shape[1], tiles=tiles, splits=splits,
-                all_splits=all_splits, **where, **compression, **forced, **ranking, BLOCKS=select_block_size,
-                WIDTH_OUT=next_power_of_2(num_selected_blocks), EARLY=_EARLY, num_warps=_MERGE_WARPS,
-                enable_fp_fusion=True, **chained,
-            )  # fmt: skip
+        _merge_kernel[(T, H, B)](
+            lse, imp, peak, edges, block_indices, C=k_cmp.shape[1], tiles=tiles, splits=splits,
+            all_splits=all_splits, **where, **compression, **forced, **ranking, BLOCKS=select_block_size,
+            WIDTH_OUT=next_power_of_2(num_selected_blocks), EARLY=_EARLY, num_warps=_MERGE_WARPS,
+            maxnreg=_MERGE_REGISTERS if kept <= 16 else None, enable_fp_fusion=True, **chained,
+        )  # fmt: skip
     # fewer tiles ahead leave room for more programs: for those of the window beside those that wait for the choice
     _selected_kernel[(T * H * single["GROUPS"], B, window_splits + chosen_splits)](
         q, k, v, k_win, v_win, block_indices, parts, lse, *strides(q, k, v, k_win, v_win), TW=k_win.shape[1],
@@ -500,7 +500,7 @@ def _make_keys(
 
 @triton.jit
 def _rank(keys, AXIS: tl.constexpr):
-    """How many of the distinct keys are larger than each; AXIS is the one to sum over, where fewest threads share it."""
+    """How many of the distinct keys are larger than each; AXIS is summed over: few threads should share it."""
     COUNT: tl.constexpr = keys.shape[0]
     if COUNT <= 128:
         if AXIS == 0:
