@@ -16,6 +16,7 @@ from tiny_nsa import make_ids, make_model
 from triton_checks import DEVICE, packed, poisoned
 
 import nsa_kernels as nsa
+from nsa_kernels import reference
 
 SIZES = {
     "compress_block_size": 8,
@@ -186,23 +187,73 @@ def test_what_the_kernels_do_not_compute_is_refused_by_name():
         nsa.nsa_attention(*inputs, **SIZES, scale=-1.0, backend="triton")
 
 
-def test_what_lies_behind_the_keys_changes_nothing():
-    """Keys of a cache with room for more: what follows a head's last key is loaded, and must only be finite."""
-    q_offset, T, dtype = 60, 40, torch.float32
-    inputs = [x.detach() for x in make_inputs(q_offset + T, 2, 3, 16, 16, SIZES, dtype=dtype, batch=2)]
-    inputs = [x[:, q_offset:] if name in (0, 7, 8, 9) else x for name, x in enumerate(inputs)]
+def amid_nan(x, by_head):
+    """`x` as a view of memory that holds NaN behind its tokens, and behind its heads and head dim unless `by_head`."""
+    if x.dim() == 3:
+        return amid_nan(x[None], by_head)[0]
+    B, T, H, D = x.shape
+    if by_head:
+        buffer = x.new_full((B, H, T + 70, D), float("nan")).transpose(1, 2)
+    else:
+        buffer = x.new_full((B, T + 70, H + 1, D + 8), float("nan"))
+    view = buffer[:, :T, :H, :D]
+    return view.copy_(x)
 
-    def with_room(x):
-        buffer = torch.full((x.shape[0], x.shape[2], x.shape[1] + 70, x.shape[3]), 1e30, dtype=dtype, device=DEVICE)
-        buffer[:, :, : x.shape[1]] = x.transpose(1, 2)
-        return buffer[:, :, : x.shape[1]].transpose(1, 2)
 
-    held = [with_room(x) if name in range(1, 7) else x for name, x in enumerate(inputs)]
-    with torch.no_grad(), poisoned():
-        for leftpad in (None, torch.tensor([0, 33], device=DEVICE)):
-            where = {**SIZES, "q_offset": q_offset, "leftpad": leftpad, "backend": "triton"}
-            for got, want in zip(nsa.nsa_attention(*held, **where)[:2], nsa.nsa_attention(*inputs, **where)[:2]):
-                assert torch.equal(got, want)
+@pytest.mark.parametrize("by_head", [True, False])
+@pytest.mark.parametrize(
+    "T, dim, v_dim, dtype, rest",
+    [
+        (45, 16, 16, torch.float32, {"batch": 1}),
+        (45, 40, 24, torch.float16, {"batch": 1}),  # tiles wider than the head dims
+        (20, 80, 48, torch.float32, {"past": 30, "leftpad": [0, 19]}),
+        (33, 16, 32, torch.float16, {"lengths": [19, 0, 1, 13]}),
+        pytest.param(300, 112, 96, torch.bfloat16, {"past": 33}, marks=pytest.mark.gpu),
+        pytest.param(700, 192, 128, torch.bfloat16, {"lengths": [65, 600, 35]}, marks=pytest.mark.gpu),
+    ],
+)
+def test_what_lies_behind_a_tensor_changes_nothing(T, dim, v_dim, dtype, rest, by_head):
+    where = {name: torch.tensor(x, device=DEVICE) for name, x in rest.items() if name == "leftpad"}
+    if "lengths" in rest:
+        where["cu_seqlens"] = packed(rest["lengths"])
+    past = rest.get("past", 0)
+    inputs = make_inputs(T, 2, 2, dim, v_dim, SIZES, dtype=dtype, past=past, batch=rest.get("batch", 2), **where)
+    do = torch.randn_like(inputs[0][..., :1].expand(*inputs[0].shape[:-1], v_dim))
+    held = [x if x.dim() < do.dim() else amid_nan(x.detach(), by_head).requires_grad_() for x in inputs]
+    results = []
+    with poisoned():
+        for tensors, d in ((inputs, do), (held, amid_nan(do, by_head))):
+            o, block_indices, gradients = run("triton", tensors, d, **SIZES, **where, q_offset=past)
+            results.append((o, block_indices, *gradients))
+    names = ("o", "blocks", "dq", "dk", "dv", "dk_cmp", "dv_cmp", "dk_win", "dv_win", "dg_cmp", "dg_slc", "dg_win")
+    assert not [name for name, a, b in zip(names, *results, strict=True) if not torch.equal(a, b)]
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_sequence_of_nan_changes_no_other(is_packed):
+    lengths = [23, 35, 21]
+    where = {"cu_seqlens": packed(lengths)} if is_packed else {}
+    inputs = make_inputs(sum(lengths) if is_packed else 40, 1, 2, 40, 24, SIZES, dtype=torch.float32, batch=3, **where)
+    do = torch.randn_like(inputs[0][..., :1].expand(*inputs[0].shape[:-1], 24))
+    bounds = where.get("cu_seqlens", torch.arange(4))
+    blocks = bounds
+    if is_packed:
+        blocks = reference.compressed_cu_seqlens(bounds, SIZES["compress_block_size"], SIZES["compress_stride"])
+
+    def spoil(x, name=None):
+        start, stop = (blocks if name in ("k_cmp", "v_cmp") else bounds)[1:3].tolist()
+        x[start:stop] = float("nan")
+        return x
+
+    names = ("q", "k", "v", "k_cmp", "v_cmp", "k_win", "v_win", "g_cmp", "g_slc", "g_win")
+    spoiled = [spoil(x.detach().clone(), name).requires_grad_() for name, x in zip(names, inputs)]
+    results = []
+    for tensors, d in ((inputs, do), (spoiled, spoil(do.clone()))):
+        o, _, gradients = run("triton", tensors, d, **SIZES, **where)
+        gradients = [spoil(x, name) for name, x in zip(names, gradients)]
+        results.append([x.nan_to_num(7.0) for x in (spoil(o.detach()), *gradients)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_ways_to_loop_agree(monkeypatch):

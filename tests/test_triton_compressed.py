@@ -228,7 +228,7 @@ def test_compiles_for_sm90_without_spills(dims):
         for name, dim in zip(described, tiles, strict=True):
             for suffix, width in zip(("_desc", "_desc2"), tiles[dim], strict=True):
                 if width:
-                    descriptors[name + suffix] = f"bf16[{config[rows]},{width}]"
+                    descriptors[name + suffix] = f"bf16[1,1,{config[rows]},{width}]"
                 else:
                     constants[name + suffix] = None
         return {

@@ -42,10 +42,7 @@ from .tuning import tunable
 __all__ = ["compressed_attention", "compressed_backward", "compressed_forward"]
 
 # Arguments that change with the number of tokens: a kernel is not compiled anew for each kind of value.
-_VARYING = [
-    "T", "C", "q_offset", "tiles", "stride_lb", "stride_lh",
-    *(f"{name}_{step}" for name in ("q", "k", "v", "do") for step in ("batch", "head")),
-]  # fmt: skip
+_VARYING = ["T", "C", "q_offset", "tiles", "stride_lb", "stride_lh"]
 
 
 def compressed_attention(
@@ -96,7 +93,8 @@ def compressed_forward(q, k_cmp, v_cmp, compress_block_size, compress_stride, sc
     elif o.numel():
         _forward_kernel[(HQ, tiles, layout.B)](
             q, o_rows, b_lse, *strides(q, o_rows, b_lse),
-            **describe("k", k, config["BLOCK_N"]), **describe("v", v, config["BLOCK_N"]),
+            **describe("k", k, config["BLOCK_N"], packed=layout.packed),
+            **describe("v", v, config["BLOCK_N"], packed=layout.packed),
             map_ptr=layout.map(config["BLOCK_M"]),
             cu_k_ptr=cu_blocks(layout, compress_block_size, compress_stride),
             **layout.where(),
@@ -137,7 +135,8 @@ def compressed_backward(
     tiles = layout.tiles(config["BLOCK_M"])
     _backward_q_kernel[(HQ, tiles, B)](
         q, do, dq_rows, lse, delta, gate, *strides(q, do, dq_rows),
-        **describe("k", k, config["BLOCK_N"]), **describe("v", v, config["BLOCK_N"]), **stats,
+        **describe("k", k, config["BLOCK_N"], packed=layout.packed),
+        **describe("v", v, config["BLOCK_N"], packed=layout.packed), **stats,
         map_ptr=layout.map(config["BLOCK_M"]), cu_k_ptr=cu_k, **layout.where(),
         C=C, scale=scale, tiles=tiles, **shapes, **config,
     )  # fmt: skip
@@ -153,7 +152,8 @@ def compressed_backward(
     for want_dk, want_dv in ((True, True),) if together else ((True, False), (False, True)):
         _backward_kv_kernel[(HQ, tiles, B)](
             k, v, part_k, part_v, lse, delta, gate, *strides(k, v),
-            **describe("q", q, config["BLOCK_M"]), **describe("do", do, config["BLOCK_M"]), **stats,
+            **describe("q", q, config["BLOCK_M"], packed=layout.packed),
+            **describe("do", do, config["BLOCK_M"], packed=layout.packed), **stats,
             map_ptr=map_ptr, cu_k_ptr=cu_k, **layout.where(), C=C, scale=scale,
             WANT_DK=want_dk, WANT_DV=want_dv, **shapes, **config,
         )  # fmt: skip
@@ -298,15 +298,15 @@ def locate_blocks(i_seq, cu_k_ptr, C, PACKED: tl.constexpr):
 
 @triton.jit
 def _forward_step(
-    q_1, q_2, m, z, acc_1, acc_2, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col,
+    q_1, q_2, m, z, acc_1, acc_2, k_desc, k_desc2, v_desc, v_desc2, i_b, i_h, block0, blocks,
     start, offs_n, n_visible, scale_log2,
     D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
-    MASK: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of compressed blocks; MASK where some query of the tile does not see all of it."""
     offs_key = start + offs_n
-    k_1, k_2 = load_tile(k_desc, k_desc2, k_row + start, k_col, D1, D2)
-    v_1, v_2 = load_tile(v_desc, v_desc2, v_row + start, v_col, DV1, DV2)
+    k_1, k_2 = load_tile(k_desc, k_desc2, i_b, i_h, block0, blocks, start, D1, D2, PACKED)
+    v_1, v_2 = load_tile(v_desc, v_desc2, i_b, i_h, block0, blocks, start, DV1, DV2, PACKED)
     s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
     if MASK:
         s = tl.where(offs_key[None, :] < n_visible[:, None], s, float("-inf"))
@@ -317,7 +317,7 @@ def _forward_step(
 def _forward_kernel(
     q_ptr, o_ptr, lse_ptr,
     stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh,
-    k_desc, k_desc2, k_batch, k_head, k_column, v_desc, v_desc2, v_batch, v_head, v_column,
+    k_desc, k_desc2, v_desc, v_desc2,
     map_ptr, cu_ptr, cu_k_ptr, leftpad_ptr, T, C, q_offset, scale, tiles,
     G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
@@ -346,8 +346,6 @@ def _forward_kernel(
 
     q_ptrs = q_ptr + i_b * stride_qb + i_head * stride_qh + offs_row * stride_qt
     q_1, q_2 = load_pair(q_ptrs, mask_m, D, D1, D2, True)
-    k_row, k_col = ((i_b * k_batch + i_head // G * k_head + block0).to(tl.int32), (i_head // G * k_column).to(tl.int32))
-    v_row, v_col = ((i_b * v_batch + i_head // G * v_head + block0).to(tl.int32), (i_head // G * v_column).to(tl.int32))
 
     acc_1, acc_2 = empty_pair(BLOCK_M, DV1, DV2)
     m = tl.full([BLOCK_M], NEGATIVE, dtype=tl.float32)
@@ -355,13 +353,13 @@ def _forward_kernel(
     scale_log2 = scale * LOG2E
     for i in range(0, n_all, BLOCK_N):
         m, z, acc_1, acc_2 = _forward_step(
-            q_1, q_2, m, z, acc_1, acc_2, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col,
-            i, offs_n, n_visible, scale_log2, D1, D2, DV1, DV2, False, PRECISION,
+            q_1, q_2, m, z, acc_1, acc_2, k_desc, k_desc2, v_desc, v_desc2, i_b, i_head // G, block0, blocks,
+            i, offs_n, n_visible, scale_log2, D1, D2, DV1, DV2, False, PACKED, PRECISION,
         )  # fmt: skip
     for i in range(n_all, n_any, BLOCK_N):
         m, z, acc_1, acc_2 = _forward_step(
-            q_1, q_2, m, z, acc_1, acc_2, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col,
-            i, offs_n, n_visible, scale_log2, D1, D2, DV1, DV2, True, PRECISION,
+            q_1, q_2, m, z, acc_1, acc_2, k_desc, k_desc2, v_desc, v_desc2, i_b, i_head // G, block0, blocks,
+            i, offs_n, n_visible, scale_log2, D1, D2, DV1, DV2, True, PACKED, PRECISION,
         )  # fmt: skip
 
     acc_1, acc_2, lse = softmax_end(m, z, acc_1, acc_2, scale_log2, DV2)
@@ -372,14 +370,14 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_q_step(
-    q_1, q_2, do_1, do_2, dq_1, dq_2, lse, delta, gate, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col,
+    q_1, q_2, do_1, do_2, dq_1, dq_2, lse, delta, gate, k_desc, k_desc2, v_desc, v_desc2, i_b, i_h, block0, blocks,
     start, offs_n, n_visible, scale_log2, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
-    HAS_GATE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_GATE: tl.constexpr, MASK: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of compressed blocks, still without the factor `scale`."""
     offs_key = start + offs_n
-    k_1, k_2 = load_tile(k_desc, k_desc2, k_row + start, k_col, D1, D2)
-    v_1, v_2 = load_tile(v_desc, v_desc2, v_row + start, v_col, DV1, DV2)
+    k_1, k_2 = load_tile(k_desc, k_desc2, i_b, i_h, block0, blocks, start, D1, D2, PACKED)
+    v_1, v_2 = load_tile(v_desc, v_desc2, i_b, i_h, block0, blocks, start, DV1, DV2, PACKED)
     return add_dq(
         dq_1, dq_2, q_1, q_2, do_1, do_2, k_1, k_2, v_1, v_2, offs_key[None, :] < n_visible[:, None], lse, delta, gate,
         scale_log2, D2, DV2, HAS_GATE, MASK, PRECISION,
@@ -390,7 +388,7 @@ def _backward_q_step(
 def _backward_q_kernel(
     q_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, gate_ptr,
     stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh,
-    k_desc, k_desc2, k_batch, k_head, k_column, v_desc, v_desc2, v_batch, v_head, v_column,
+    k_desc, k_desc2, v_desc, v_desc2,
     stride_lb, stride_lt, stride_lh,
     map_ptr, cu_ptr, cu_k_ptr, leftpad_ptr, T, C, q_offset, scale, tiles,
     G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
@@ -429,20 +427,18 @@ def _backward_q_kernel(
     gate = delta
     if HAS_GATE:
         gate = tl.load(gate_ptr + stat, mask=mask_m, other=0.0)
-    k_row, k_col = ((i_b * k_batch + i_head // G * k_head + block0).to(tl.int32), (i_head // G * k_column).to(tl.int32))
-    v_row, v_col = ((i_b * v_batch + i_head // G * v_head + block0).to(tl.int32), (i_head // G * v_column).to(tl.int32))
 
     dq_1, dq_2 = empty_pair(BLOCK_M, D1, D2)
     scale_log2 = scale * LOG2E
     for i in range(0, n_all, BLOCK_N):
         dq_1, dq_2 = _backward_q_step(
-            q_1, q_2, do_1, do_2, dq_1, dq_2, lse, delta, gate, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
-            v_row, v_col, i, offs_n, n_visible, scale_log2, D1, D2, DV1, DV2, HAS_GATE, False, PRECISION,
+            q_1, q_2, do_1, do_2, dq_1, dq_2, lse, delta, gate, k_desc, k_desc2, v_desc, v_desc2, i_b, i_head // G,
+            block0, blocks, i, offs_n, n_visible, scale_log2, D1, D2, DV1, DV2, HAS_GATE, False, PACKED, PRECISION,
         )  # fmt: skip
     for i in range(n_all, n_any, BLOCK_N):
         dq_1, dq_2 = _backward_q_step(
-            q_1, q_2, do_1, do_2, dq_1, dq_2, lse, delta, gate, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
-            v_row, v_col, i, offs_n, n_visible, scale_log2, D1, D2, DV1, DV2, HAS_GATE, True, PRECISION,
+            q_1, q_2, do_1, do_2, dq_1, dq_2, lse, delta, gate, k_desc, k_desc2, v_desc, v_desc2, i_b, i_head // G,
+            block0, blocks, i, offs_n, n_visible, scale_log2, D1, D2, DV1, DV2, HAS_GATE, True, PACKED, PRECISION,
         )  # fmt: skip
     if D2 > 0:
         dq_2 *= scale
@@ -452,18 +448,18 @@ def _backward_q_kernel(
 
 @triton.jit
 def _backward_kv_step(
-    k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2, q_desc, q_desc2, q_row, q_col, do_desc, do_desc2, do_row, do_col,
-    lse_ptr, delta_ptr, gate_ptr, stride_lt, start, offs_m, rows, unseen, seeing, scale_log2,
+    k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2, q_desc, q_desc2, do_desc, do_desc2, i_b, i_head, row0, rows,
+    lse_ptr, delta_ptr, gate_ptr, stride_lt, start, offs_m, unseen, seeing, scale_log2,
     D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, HAS_GATE: tl.constexpr,
-    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, PRECISION: tl.constexpr,
+    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk (still without the factor `scale`) and dv of one tile of queries.
 
     Args:
         unseen, seeing: `[N]`, queries before the first that sees a block, and queries from there on.
     """
-    q_1, q_2 = load_tile(q_desc, q_desc2, q_row + start, q_col, D1, D2)
-    do_1, do_2 = load_tile(do_desc, do_desc2, do_row + start, do_col, DV1, DV2)
+    q_1, q_2 = load_tile(q_desc, q_desc2, i_b, i_head, row0, rows, start, D1, D2, PACKED)
+    do_1, do_2 = load_tile(do_desc, do_desc2, i_b, i_head, row0, rows, start, DV1, DV2, PACKED)
     mask_m = offs_m < rows - start
     stat = start * stride_lt + offs_m * stride_lt
     lse = tl.load(lse_ptr + stat, mask=mask_m, other=0.0) * LOG2E
@@ -489,7 +485,7 @@ def _backward_kv_step(
 def _backward_kv_kernel(
     k_ptr, v_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, gate_ptr,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    q_desc, q_desc2, q_batch, q_head, q_column, do_desc, do_desc2, do_batch, do_head, do_column,
+    q_desc, q_desc2, do_desc, do_desc2,
     stride_lb, stride_lt, stride_lh,
     map_ptr, cu_ptr, cu_k_ptr, leftpad_ptr, T, C, q_offset, scale,
     G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
@@ -531,8 +527,6 @@ def _backward_kv_kernel(
     seeing = tl.maximum(rows - unseen, 0)
     begin = tl.maximum(first * STRIDE + SIZE - 1 - pos0, 0) // BLOCK_M * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
-    q_row, q_col = ((i_b * q_batch + i_head * q_head + row0).to(tl.int32), (i_head * q_column).to(tl.int32))
-    do_row, do_col = ((i_b * do_batch + i_head * do_head + row0).to(tl.int32), (i_head * do_column).to(tl.int32))
     stat = i_b * stride_lb + i_head * stride_lh + row0 * stride_lt
     lse_ptr += stat
     delta_ptr += stat
@@ -545,9 +539,9 @@ def _backward_kv_kernel(
     # one loop, though most tiles need no mask: between two, ptxas would run the products one by one
     for i in range(begin, rows, BLOCK_M):
         dk_1, dk_2, dv_1, dv_2 = _backward_kv_step(
-            k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2, q_desc, q_desc2, q_row, q_col, do_desc, do_desc2, do_row,
-            do_col, lse_ptr, delta_ptr, gate_ptr, stride_lt, i, offs_m, rows, unseen, seeing, scale_log2,
-            D1, D2, DV1, DV2, HAS_GATE, WANT_DK, WANT_DV, PRECISION,
+            k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2, q_desc, q_desc2, do_desc, do_desc2, i_b, i_head, row0, rows,
+            lse_ptr, delta_ptr, gate_ptr, stride_lt, i, offs_m, unseen, seeing, scale_log2,
+            D1, D2, DV1, DV2, HAS_GATE, WANT_DK, WANT_DV, PACKED, PRECISION,
         )  # fmt: skip
 
     part = (i_b * tl.num_programs(0) + i_head) * C + block0 + first

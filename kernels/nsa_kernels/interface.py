@@ -6,9 +6,7 @@ Every operation has the signature and meaning of its namesake in `reference.py`,
 
 - `"auto"`: the Triton kernels for CUDA tensors that they can take, else the reference (see `resolve_backend`).
 - `"reference"`: pure PyTorch, on any device.
-- `"triton"`: the Triton kernels; an error where they cannot run, never a silent fallback. For more than 16 queries they
-  load what lies behind the last key of a head and multiply it by 0: where keys and values are views, as of a cache with
-  room for more tokens, that must not be NaN or infinite.
+- `"triton"`: the Triton kernels; an error where they cannot run, never a silent fallback.
 
 `importance`, `topn_blocks` and `gated_sum` have one implementation that runs anywhere. Of `compress_mean`,
 `compress_mlp` and `compress_pool`, "triton" stands for a faster one in plain PyTorch.

@@ -158,7 +158,8 @@ def selected_forward(q, k, v, block_indices, select_block_size, scale, layout):
         config = _forward_config(*_shape_key(q, k, v, select_block_size))
         _forward_kernel[(layout.tiles(tile), H * groups, layout.B)](
             q, b_o, b_lse, blocks, words, counts, layout.map(tile), *q.stride()[:3], *b_o.stride()[:3],
-            *b_lse.stride()[:3], **describe("k", k, config["BLOCK_N"]), **describe("v", v, config["BLOCK_N"]),
+            *b_lse.stride()[:3], **describe("k", k, config["BLOCK_N"], packed=layout.packed),
+            **describe("v", v, config["BLOCK_N"], packed=layout.packed),
             **layout.where(), TK=k.shape[1], scale=scale, H=H, capacity=blocks.shape[-1], TILE=tile, GT=heads,
             GROUPS=groups, **_shape_arguments(q, k, v, select_block_size), **config,
         )  # fmt: skip
@@ -307,8 +308,8 @@ def _launch_dq(q, k, v, block_indices, do, stats, dq, add, layout, select_block_
     config = _dq_config(*_shape_key(q, k, v, select_block_size))
     _dq_kernel[(layout.tiles(tile), H * groups, layout.B)](
         q, do, stats, dq, blocks, words, counts, layout.map(tile), *q.stride()[:3], *do.stride()[:3],
-        *stats.stride()[:2], *dq.stride()[:3], **describe("k", k, config["BLOCK_N"]),
-        **describe("v", v, config["BLOCK_N"]), **layout.where(), TK=k.shape[1], scale=scale, H=H,
+        *stats.stride()[:2], *dq.stride()[:3], **describe("k", k, config["BLOCK_N"], packed=layout.packed),
+        **describe("v", v, config["BLOCK_N"], packed=layout.packed), **layout.where(), TK=k.shape[1], scale=scale, H=H,
         capacity=blocks.shape[-1], TILE=tile, GT=heads, GROUPS=groups, ADD=add,
         **_shape_arguments(q, k, v, select_block_size), **config,
     )  # fmt: skip
@@ -531,9 +532,9 @@ def _block_row(block, cu_ptr, seq, L: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def _next_block(
-    u, word, before, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row,
-    v_col, L: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
-    BLOCK_N: tl.constexpr, SUBS: tl.constexpr, MASKED: tl.constexpr, LATE: tl.constexpr,
+    u, word, before, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, v_desc, v_desc2, i_b, i_h, key0,
+    L: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BLOCK_N: tl.constexpr,
+    SUBS: tl.constexpr, MASKED: tl.constexpr, LATE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Load part `u % SUBS` of the union's block `u // SUBS`.
 
@@ -554,9 +555,9 @@ def _next_block(
     key = block * L + offs_n
     if MASKED:
         inside = inside & (key < keys)
-    k_1, k_2 = load_tile(k_desc, k_desc2, k_row + block * L + offset, k_col, D1, D2)
     now = block * L + offset
-    v_1, v_2 = load_tile(v_desc, v_desc2, v_row + (before if LATE else now), v_col, DV1, DV2)
+    k_1, k_2 = load_tile(k_desc, k_desc2, i_b, i_h, key0, keys, now, D1, D2, PACKED)
+    v_1, v_2 = load_tile(v_desc, v_desc2, i_b, i_h, key0, keys, before if LATE else now, DV1, DV2, PACKED)
     chosen = (((word_next - word) >> i_q.to(word.dtype)) & 1) != 0
     visible = inside[None, :] & (i_q >= 0)[:, None]
     if MASKED:
@@ -576,15 +577,14 @@ def _query_rows(start, rows, i_h, i_g, TILE: tl.constexpr, GT: tl.constexpr, G: 
     return i_q, i_h * G + i_head, used
 
 
-@triton.jit(do_not_specialize=["T", "TK", "q_offset", "capacity", "k_batch", "k_head", "v_batch", "v_head"])
+@triton.jit(do_not_specialize=["T", "TK", "q_offset", "capacity"])
 def _forward_kernel(
     q_ptr, o_ptr, lse_ptr, blocks_ptr, words_ptr, counts_ptr, map_ptr, stride_qb, stride_qt, stride_qh, stride_ob,
-    stride_ot, stride_oh, stride_lb, stride_lt, stride_lh, k_desc, k_desc2, k_batch, k_head, k_column, v_desc, v_desc2,
-    v_batch, v_head, v_column, cu_ptr, leftpad_ptr, T, q_offset, PACKED: tl.constexpr, LEFTPAD: tl.constexpr, TK,
-    scale, H, capacity, TILE: tl.constexpr, GT: tl.constexpr, GROUPS: tl.constexpr, G: tl.constexpr, L: tl.constexpr,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    LATE: tl.constexpr,
+    stride_ot, stride_oh, stride_lb, stride_lt, stride_lh, k_desc, k_desc2, v_desc, v_desc2, cu_ptr, leftpad_ptr, T,
+    q_offset, PACKED: tl.constexpr, LEFTPAD: tl.constexpr, TK, scale, H, capacity, TILE: tl.constexpr, GT: tl.constexpr,
+    GROUPS: tl.constexpr, G: tl.constexpr, L: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of queries to the union of their blocks.
 
@@ -602,8 +602,7 @@ def _forward_kernel(
     t = row0 + start + i_q
     pos = pos0 + start + i_q
     q_1, q_2 = load_pair(q_ptr + i_b * stride_qb + t * stride_qt + i_head * stride_qh, used, D, D1, D2, True)
-    k_row, k_col = (i_b * k_batch + i_h * k_head + row0 + pad).to(tl.int32), i_h * k_column
-    v_row, v_col = (i_b * v_batch + i_h * v_head + row0 + pad).to(tl.int32), i_h * v_column
+    key0 = row0 + pad
     i_list = (i_b * H + i_h) * tl.num_programs(0) + i_tile
     blocks_ptr += i_list * capacity
     words_ptr += i_list * (capacity + 1)
@@ -624,8 +623,8 @@ def _forward_kernel(
         before = tl.zeros([], dtype=tl.int32)
         for u in range(0, whole):
             k_1, k_2, v_1, v_2, chosen, visible, word, before = _next_block(
-                u, word, before, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
-                v_row, v_col, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, False, True,
+                u, word, before, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, v_desc, v_desc2, i_b, i_h,
+                key0, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, False, True, PACKED,
             )  # fmt: skip
             s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
             acc_1, acc_2 = add_values(p, alpha, acc_1, acc_2, v_1, v_2, DV2, PRECISION)
@@ -634,20 +633,20 @@ def _forward_kernel(
             p, alpha, m, z = softmax_weights_rows(s, chosen, m, z, scale_log2)
         for u in range(whole, count * SUBS):
             k_1, k_2, v_1, v_2, chosen, visible, word, before = _next_block(
-                u, word, before, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
-                v_row, v_col, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, True, True,
+                u, word, before, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, v_desc, v_desc2, i_b, i_h,
+                key0, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, True, True, PACKED,
             )  # fmt: skip
             s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
             acc_1, acc_2 = add_values(p, alpha, acc_1, acc_2, v_1, v_2, DV2, PRECISION)
             s = tl.where(visible, s, float("-inf"))
             p, alpha, m, z = softmax_weights_rows(s, chosen, m, z, scale_log2)
-        v_1, v_2 = load_tile(v_desc, v_desc2, v_row + before, v_col, DV1, DV2)
+        v_1, v_2 = load_tile(v_desc, v_desc2, i_b, i_h, key0, keys, before, DV1, DV2, PACKED)
         acc_1, acc_2 = add_values(p, alpha, acc_1, acc_2, v_1, v_2, DV2, PRECISION)
     else:
         for u in range(0, whole):
             k_1, k_2, v_1, v_2, chosen, visible, word, _ = _next_block(
-                u, word, 0, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
-                v_row, v_col, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, False, False,
+                u, word, 0, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, v_desc, v_desc2, i_b, i_h,
+                key0, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, False, False, PACKED,
             )  # fmt: skip
             s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
             if L % BLOCK_N != 0:
@@ -657,8 +656,8 @@ def _forward_kernel(
             )  # fmt: skip
         for u in range(whole, count * SUBS):
             k_1, k_2, v_1, v_2, chosen, visible, word, _ = _next_block(
-                u, word, 0, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
-                v_row, v_col, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, True, False,
+                u, word, 0, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, v_desc, v_desc2, i_b, i_h,
+                key0, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, True, False, PACKED,
             )  # fmt: skip
             s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
             s = tl.where(visible, s, float("-inf"))
@@ -670,13 +669,12 @@ def _forward_kernel(
     tl.store(lse_ptr + i_b * stride_lb + t * stride_lt + i_head * stride_lh, lse, mask=used)
 
 
-@triton.jit(do_not_specialize=["T", "TK", "q_offset", "capacity", "k_batch", "k_head", "v_batch", "v_head"])
+@triton.jit(do_not_specialize=["T", "TK", "q_offset", "capacity"])
 def _dq_kernel(
     q_ptr, do_ptr, stats_ptr, dq_ptr, blocks_ptr, words_ptr, counts_ptr, map_ptr, stride_qb, stride_qt, stride_qh,
-    stride_dob, stride_dot, stride_doh, stride_sb, stride_st, stride_dqb, stride_dqt, stride_dqh,
-    k_desc, k_desc2, k_batch, k_head, k_column, v_desc, v_desc2, v_batch, v_head, v_column, cu_ptr, leftpad_ptr, T,
-    q_offset, PACKED: tl.constexpr, LEFTPAD: tl.constexpr, TK, scale, H, capacity, TILE: tl.constexpr,
-    GT: tl.constexpr, GROUPS: tl.constexpr, ADD: tl.constexpr, G: tl.constexpr,
+    stride_dob, stride_dot, stride_doh, stride_sb, stride_st, stride_dqb, stride_dqt, stride_dqh, k_desc, k_desc2,
+    v_desc, v_desc2, cu_ptr, leftpad_ptr, T, q_offset, PACKED: tl.constexpr, LEFTPAD: tl.constexpr, TK, scale, H,
+    capacity, TILE: tl.constexpr, GT: tl.constexpr, GROUPS: tl.constexpr, ADD: tl.constexpr, G: tl.constexpr,
     L: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr,
     DV2: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -702,8 +700,7 @@ def _dq_kernel(
     lse_log2 = tl.load(stats_ptr, mask=used, other=float("inf"))
     delta = tl.load(stats_ptr + 1, mask=used, other=0.0)
     gate = tl.load(stats_ptr + 2, mask=used, other=0.0)
-    k_row, k_col = (i_b * k_batch + i_h * k_head + row0 + pad).to(tl.int32), i_h * k_column
-    v_row, v_col = (i_b * v_batch + i_h * v_head + row0 + pad).to(tl.int32), i_h * v_column
+    key0 = row0 + pad
     i_list = (i_b * H + i_h) * tl.num_programs(0) + i_tile
     blocks_ptr += i_list * capacity
     words_ptr += i_list * (capacity + 1)
@@ -717,8 +714,8 @@ def _dq_kernel(
     whole = tl.maximum(count - TRAILING, 0) * SUBS
     for u in range(0, whole):
         k_1, k_2, v_1, v_2, chosen, visible, word, _ = _next_block(
-            u, word, 0, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
-            v_row, v_col, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, False, False,
+            u, word, 0, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, v_desc, v_desc2, i_b, i_h,
+            key0, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, False, False, PACKED,
         )  # fmt: skip
         acc_1, acc_2 = add_dq(
             acc_1, acc_2, q_1, q_2, do_1, do_2, k_1, k_2, v_1, v_2, visible, tl.where(chosen, lse_log2, float("inf")),
@@ -726,8 +723,8 @@ def _dq_kernel(
         )  # fmt: skip
     for u in range(whole, count * SUBS):
         k_1, k_2, v_1, v_2, chosen, visible, word, _ = _next_block(
-            u, word, 0, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2,
-            v_row, v_col, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, True, False,
+            u, word, 0, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, v_desc, v_desc2, i_b, i_h,
+            key0, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, True, False, PACKED,
         )  # fmt: skip
         acc_1, acc_2 = add_dq(
             acc_1, acc_2, q_1, q_2, do_1, do_2, k_1, k_2, v_1, v_2, visible, tl.where(chosen, lse_log2, float("inf")),

@@ -38,7 +38,6 @@ _MAX_SCORES = 2**24
 _MAX_WIDTH = 1024
 # Arguments that change with the number of tokens: a kernel is not compiled anew for each kind of value.
 _VARYING = ["T", "C", "q_offset", "row_tiles", "S", "first_tile", "first_head", "stride_lb", "stride_lh"]
-_VARYING += ["q_batch", "q_head", "k_batch", "k_head"]
 
 
 def select_blocks(
@@ -227,7 +226,7 @@ def _score_config(dtype, D, G, compress_block_size, compress_stride, select_bloc
 @triton.jit(do_not_specialize=_VARYING)
 def _score_kernel(
     k_ptr, lse_ptr, imp_ptr, stride_kb, stride_kt, stride_kh, stride_lb, stride_lt, stride_lh, stride_it, stride_ih,
-    q_desc, q_desc2, q_batch, q_head, q_column, k_desc, k_desc2, k_batch, k_head, k_column,
+    q_desc, q_desc2, k_desc, k_desc2,
     map_ptr, cu_ptr, cu_k_ptr, leftpad_ptr, T, C, q_offset, scale, row_tiles, S, first_tile, first_head,
     G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
     PACKED: tl.constexpr, LEFTPAD: tl.constexpr, PRECISION: tl.constexpr,
@@ -260,22 +259,18 @@ def _score_kernel(
     mask_m = offs_m < rows - start
     offs_key = (j0 + offs_c // COLUMNS) * RATIO + offs_c % COLUMNS
     mask_key = (offs_key >= 0) & (offs_key < blocks) & (offs_c % COLUMNS < RATIO)
-    # Rows that lie together are copied in bulk; what they hold outside the sequence is masked below, but what follows a
-    # head of fewer dims than the tiles must not meet its like in q.
-    if RATIO == COLUMNS and D == D1 + D2:
-        k_row = (i_b * k_batch + i_head * k_head + block0 + j0 * RATIO).to(tl.int32)
-        k_1, k_2 = load_tile(k_desc, k_desc2, k_row, i_head * k_column, D1, D2)
+    # rows that lie together are copied in bulk; what they hold outside the sequence is masked below
+    if RATIO == COLUMNS:
+        k_1, k_2 = load_tile(k_desc, k_desc2, i_b, i_head, block0, blocks, j0 * RATIO, D1, D2, False)
     else:
         k_ptrs = k_ptr + i_b * stride_kb + i_head * stride_kh + (block0 + offs_key) * stride_kt
         k_1, k_2 = load_pair(k_ptrs, mask_key, D, D1, D2, True)
-    q_row = (i_b * q_batch + i_head * G * q_head + row0 + start).to(tl.int32)
-    q_col = i_head * G * q_column
     lse_ptr += i_b * stride_lb + i_head * G * stride_lh + (row0 + start) * stride_lt
 
     scale_log2 = scale * LOG2E
     p = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for g in range(G):
-        q_1, q_2 = load_tile(q_desc, q_desc2, q_row + g * q_head, q_col + g * q_column, D1, D2)
+        q_1, q_2 = load_tile(q_desc, q_desc2, i_b, i_head * G + g, row0, rows, start, D1, D2, False)
         lse = tl.load(lse_ptr + g * stride_lh + offs_m * stride_lt, mask=mask_m, other=0.0) * LOG2E
         s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
         p += tl.exp2(s * scale_log2 - lse[:, None])

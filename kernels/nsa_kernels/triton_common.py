@@ -60,6 +60,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Below every score, yet finite: the difference of two of them is 0, not NaN.
 NEGATIVE = tl.constexpr(-1e30)
+# Rows of a sequence end here for a descriptor of packed tensors; a power of two, so that `ROWS_END * 2**34` is 0.
+ROWS_END = tl.constexpr(2**30)
+_MOST = 2**31 - 2**16
 
 
 def check_inputs(q, scale, q_offset=0, **tensors) -> float:
@@ -194,31 +197,35 @@ class Layout:
         }
 
 
-def describe(name, x, rows):
-    """A tensor as the matrix from which tiles of `rows` rows are copied in bulk, as kernels take it.
+def describe(name, x, rows, *, packed=False):
+    """A tensor from whose heads tiles of `rows` rows are copied in bulk, as `load_tile` takes it.
 
     Args:
         name: Prefix of the kernel's arguments.
         x: `[B, T, H, D]`.
+        packed: Whether copies end with sequences of any bounds, instead of with the T rows.
 
     Returns:
         {name}_desc, {name}_desc2: Descriptors of the two tiles that hold a head dim, the second None where one does.
-        {name}_batch, {name}_head: Matrix rows from one batch row or head to the next.
-        {name}_column: Matrix columns from one head to the next.
     """
     B, T, H, D = x.shape
-    pitch = x.stride(1)
-    batch, head = x.stride(0) if B > 1 else 0, x.stride(2) if H > 1 else 0
-    beside = head < pitch  # heads lie beside each other in a row of the matrix, or one below the other
-    fits = pitch >= D and batch % pitch == 0 and (beside or head % pitch == 0) and (not beside or H * head <= pitch)
-    if T == 1 or not fits or x.data_ptr() % 16 or pitch * x.element_size() % 16:
-        x = F.pad(x.reshape(B, T, H * D), (0, -H * D % 8)).contiguous()
-        pitch, batch, head, beside = x.shape[-1], T * x.shape[-1], D, True
-    column, head = (head, 0) if beside else (0, head // pitch)
-    shape = [(B - 1) * (batch // pitch) + (H - 1) * head + T, (H - 1) * column + D]
-    tiles = (TensorDescriptor(x, shape, [pitch, 1], [rows, tile]) if tile else None for tile in split_head_dim(D))
-    tiles = dict(zip((f"{name}_desc", f"{name}_desc2"), tiles, strict=True))
-    return {**tiles, f"{name}_batch": batch // pitch, f"{name}_head": head, f"{name}_column": column}
+    steps = _steps(x)
+    if x.data_ptr() % 16 or any(step == 0 or step * x.element_size() % 16 for step in steps):
+        x = F.pad(x, (0, -D % 8)).contiguous()
+        steps = _steps(x)
+    batch, pitch, head = steps
+    shape, strides, box = [B, H, T, D], [batch, head, pitch, 1], [1, 1]
+    if packed:
+        # As in triton.tools.ragged_tma: the fourth coordinate, `row - rows + ROWS_END`, ends with the sequence; the
+        # second adds `row0 + rows`, and the first takes ROWS_END back, as addresses wrap around at 64 bits.
+        shape, strides, box = [_MOST, _MOST, H, ROWS_END.value, D], [2**34 - pitch, pitch, head, pitch, 1], [1, 1, 1]
+    tiles = (TensorDescriptor(x, shape, strides, [*box, rows, tile]) if tile else None for tile in split_head_dim(D))
+    return dict(zip((f"{name}_desc", f"{name}_desc2"), tiles, strict=True))
+
+
+def _steps(x):
+    """Strides of batch, token and head; of a dim of size 1 any that a descriptor can have."""
+    return [step if size > 1 else 8 * cdiv(x.shape[-1], 8) for size, step in zip(x.shape[:3], x.stride())]
 
 
 def tile_map(cu_seqlens: torch.Tensor, tile: int, total: int) -> torch.Tensor:
@@ -351,13 +358,30 @@ def load_pair(row_ptrs, mask_rows, D: tl.constexpr, D1: tl.constexpr, D2: tl.con
 
 
 @triton.jit
-def load_tile(desc, desc2, row, column, D1: tl.constexpr, D2: tl.constexpr):
-    """Rows of a head as tiles `[rows, D1]` and `[rows, D2]`; rows and columns behind them hold whatever follows."""
-    x_1 = desc.load([row, column])
+def load_tile(desc, desc2, i_b, i_h, row0, rows, row, D1: tl.constexpr, D2: tl.constexpr, PACKED: tl.constexpr):
+    """Rows of a head as tiles `[rows, D1]` and `[rows, D2]`; what lies behind the last row, or behind D, is 0.
+
+    Args:
+        desc, desc2: Of `describe`.
+        i_b, i_h: Row of the batch, and head.
+        row0, rows: The sequence's first row, and the number of its rows, read only if PACKED.
+        row: The tile's first row, counted inside the sequence.
+    """
+    x_1 = _copy(desc, i_b, i_h, row0, rows, row, 0, PACKED)
     x_2 = x_1
     if D2 > 0:
-        x_2 = desc2.load([row, column + D1])
+        x_2 = _copy(desc2, i_b, i_h, row0, rows, row, D1, PACKED)
     return x_1, x_2
+
+
+@triton.jit
+def _copy(desc, i_b, i_h, row0, rows, row, column: tl.constexpr, PACKED: tl.constexpr):
+    i_h = i_h.to(tl.int32)
+    if PACKED:
+        x = desc.load([ROWS_END, (row0 + rows).to(tl.int32), i_h, row - rows + ROWS_END, column])
+    else:
+        x = desc.load([i_b.to(tl.int32), i_h, (row0 + row).to(tl.int32), column])
+    return tl.reshape(x, x.shape[-2:])
 
 
 @triton.jit

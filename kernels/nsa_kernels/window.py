@@ -110,7 +110,8 @@ def window_forward(q, k, v, window_size, scale, layout, branches=None, *, keep=T
     _forward_kernel[(layout.tiles(tiles["TILE"]), k.shape[2] * tiles["GROUPS"], layout.B)](
         q, o, lse, o_cmp, o_slc, total, *gates, layout.map(tiles["TILE"]),
         *q.stride()[:3], *b_o.stride()[:3], *lse_strides, *itertools.chain(*gate_rows),
-        **describe("k", k, config["BLOCK_N"]), **describe("v", v, config["BLOCK_N"]),
+        **describe("k", k, config["BLOCK_N"], packed=layout.packed),
+        **describe("v", v, config["BLOCK_N"], packed=layout.packed),
         **_arguments(q, k, v, layout, window_size, scale), KEEP=keep, SUM=total is not None, **tiles, **config,
     )  # fmt: skip
     return o, lse, total
@@ -195,7 +196,8 @@ def window_backward(do, q, k, v, lse, delta, window_size, scale, layout, *, gate
     tiles = _tiles(q.shape[2] // H, config["BLOCK_M"])
     _dq_kernel[(layout.tiles(tiles["TILE"]), H * tiles["GROUPS"], layout.B)](
         q, do, lse, delta, gate, b_dq, layout.map(tiles["TILE"]), *q.stride()[:3], *do.stride()[:3], *lse.stride(),
-        *b_dq.stride()[:3], **describe("k", k, config["BLOCK_N"]), **describe("v", v, config["BLOCK_N"]), **arguments,
+        *b_dq.stride()[:3], **describe("k", k, config["BLOCK_N"], packed=layout.packed),
+        **describe("v", v, config["BLOCK_N"], packed=layout.packed), **arguments,
         HAS_GATE=gate is not None, ADD=add, **tiles, **config,
     )  # fmt: skip
 
@@ -204,8 +206,8 @@ def window_backward(do, q, k, v, lse, delta, window_size, scale, layout, *, gate
     tiles = layout.tiles(keys) if layout.packed else cdiv(k.shape[1], keys)
     _dkdv_kernel[(tiles, H, layout.B)](
         k, v, lse, delta, gate, b_dk, b_dv, layout.map(keys), *k.stride()[:3], *v.stride()[:3], *lse.stride(),
-        *b_dk.stride()[:3], *b_dv.stride()[:3], **describe("q", q, config["BLOCK_M"]),
-        **describe("do", do, config["BLOCK_M"]), **arguments, HAS_GATE=gate is not None, **config,
+        *b_dk.stride()[:3], *b_dv.stride()[:3], **describe("q", q, config["BLOCK_M"], packed=layout.packed),
+        **describe("do", do, config["BLOCK_M"], packed=layout.packed), **arguments, HAS_GATE=gate is not None, **config,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -279,27 +281,26 @@ def _in_window(distance, W):
 
 @triton.jit
 def _load_keys(
-    key, pos, W, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col, D1: tl.constexpr, D2: tl.constexpr,
-    DV1: tl.constexpr, DV2: tl.constexpr, BLOCK_N: tl.constexpr,
+    key, pos, W, k_desc, k_desc2, v_desc, v_desc2, i_b, i_h, key0, rows, D1: tl.constexpr, D2: tl.constexpr,
+    DV1: tl.constexpr, DV2: tl.constexpr, BLOCK_N: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of k and v from position `key` on, and `[M, N]`: which of them the queries at `pos` see."""
-    k_1, k_2 = load_tile(k_desc, k_desc2, k_row + key, k_col, D1, D2)
-    v_1, v_2 = load_tile(v_desc, v_desc2, v_row + key, v_col, DV1, DV2)
+    k_1, k_2 = load_tile(k_desc, k_desc2, i_b, i_h, key0, rows, key, D1, D2, PACKED)
+    v_1, v_2 = load_tile(v_desc, v_desc2, i_b, i_h, key0, rows, key, DV1, DV2, PACKED)
     keys = key + tl.arange(0, BLOCK_N)
     visible = _in_window(pos[:, None] - keys[None, :], W)
     return k_1, k_2, v_1, v_2, visible
 
 
-@triton.jit(do_not_specialize=["T", "TW", "W", "q_offset", "k_batch", "k_head", "v_batch", "v_head"])
+@triton.jit(do_not_specialize=["T", "TW", "W", "q_offset"])
 def _forward_kernel(
     q_ptr, o_ptr, lse_ptr, o_cmp_ptr, o_slc_ptr, sum_ptr, g_cmp_ptr, g_slc_ptr, g_win_ptr, map_ptr, stride_qb,
     stride_qt, stride_qh, stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh, stride_gcb, stride_gct,
-    stride_gch, stride_gsb, stride_gst, stride_gsh, stride_gwb, stride_gwt, stride_gwh, k_desc, k_desc2, k_batch,
-    k_head, k_column, v_desc, v_desc2, v_batch, v_head, v_column, cu_ptr, leftpad_ptr, T, q_offset,
-    PACKED: tl.constexpr, LEFTPAD: tl.constexpr, TW, W, scale, G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
-    D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, PRECISION: tl.constexpr,
-    TILE: tl.constexpr, GT: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    KEEP: tl.constexpr, SUM: tl.constexpr,
+    stride_gch, stride_gsb, stride_gst, stride_gsh, stride_gwb, stride_gwt, stride_gwh, k_desc, k_desc2, v_desc,
+    v_desc2, cu_ptr, leftpad_ptr, T, q_offset, PACKED: tl.constexpr, LEFTPAD: tl.constexpr, TW, W, scale,
+    G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr,
+    DV2: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, GT: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of queries to its band if KEEP; if SUM the gated sum of all branches, laid out like o.
 
@@ -316,8 +317,7 @@ def _forward_kernel(
     t = row0 + i_q
     pos = tl.where(used, pos0 + i_q, pos0 + start)
     q_1, q_2 = load_pair(q_ptr + i_b * stride_qb + t * stride_qt + i_head * stride_qh, used, D, D1, D2, True)
-    k_row, k_col = (i_b * k_batch + i_h * k_head + row0 + slot0).to(tl.int32), i_h * k_column
-    v_row, v_col = (i_b * v_batch + i_h * v_head + row0 + slot0).to(tl.int32), i_h * v_column
+    key0 = row0 + slot0
 
     scale_log2 = scale * LOG2E
     m = tl.full([BLOCK_M], NEGATIVE, dtype=tl.float32)
@@ -326,14 +326,14 @@ def _forward_kernel(
     for i in range(0, total - whole):
         key = low + tl.where(i < front, i, i + whole) * BLOCK_N
         k_1, k_2, v_1, v_2, visible = _load_keys(
-            key, pos, W, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col, D1, D2, DV1, DV2, BLOCK_N
+            key, pos, W, k_desc, k_desc2, v_desc, v_desc2, i_b, i_h, key0, rows, D1, D2, DV1, DV2, BLOCK_N, PACKED
         )
         s = tl.where(visible, dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION), float("-inf"))
         m, z, acc_1, acc_2 = softmax_step(s, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION)
     for i in range(front, front + whole):
         key = low + i * BLOCK_N
         k_1, k_2, v_1, v_2, visible = _load_keys(
-            key, pos, W, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col, D1, D2, DV1, DV2, BLOCK_N
+            key, pos, W, k_desc, k_desc2, v_desc, v_desc2, i_b, i_h, key0, rows, D1, D2, DV1, DV2, BLOCK_N, PACKED
         )
         s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
         m, z, acc_1, acc_2 = softmax_step(s, m, z, acc_1, acc_2, v_1, v_2, scale_log2, DV2, PRECISION)
@@ -364,15 +364,14 @@ def _add_gated(acc_1, acc_2, row_ptrs, gate, used, DV: tl.constexpr, DV1: tl.con
     return acc_1, acc_2
 
 
-@triton.jit(do_not_specialize=["T", "TW", "W", "q_offset", "k_batch", "k_head", "v_batch", "v_head"])
+@triton.jit(do_not_specialize=["T", "TW", "W", "q_offset"])
 def _dq_kernel(
     q_ptr, do_ptr, lse_ptr, delta_ptr, gate_ptr, dq_ptr, map_ptr, stride_qb, stride_qt, stride_qh, stride_dob,
     stride_dot, stride_doh, stride_lb, stride_lt, stride_lh, stride_dqb, stride_dqt, stride_dqh, k_desc, k_desc2,
-    k_batch, k_head, k_column, v_desc, v_desc2, v_batch, v_head, v_column, cu_ptr, leftpad_ptr, T, q_offset,
-    PACKED: tl.constexpr, LEFTPAD: tl.constexpr, TW, W, scale, HAS_GATE: tl.constexpr, ADD: tl.constexpr,
-    G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr,
-    DV2: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, GT: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    v_desc, v_desc2, cu_ptr, leftpad_ptr, T, q_offset, PACKED: tl.constexpr, LEFTPAD: tl.constexpr, TW, W, scale,
+    HAS_GATE: tl.constexpr, ADD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
+    GT: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries, added to what is there if ADD.
 
@@ -398,15 +397,14 @@ def _dq_kernel(
     gate = delta
     if HAS_GATE:
         gate = tl.load(gate_ptr + row, mask=used, other=0.0)
-    k_row, k_col = (i_b * k_batch + i_h * k_head + row0 + slot0).to(tl.int32), i_h * k_column
-    v_row, v_col = (i_b * v_batch + i_h * v_head + row0 + slot0).to(tl.int32), i_h * v_column
+    key0 = row0 + slot0
 
     scale_log2 = scale * LOG2E
     acc_1, acc_2 = empty_pair(BLOCK_M, D1, D2)
     for i in range(0, total - whole):
         key = low + tl.where(i < front, i, i + whole) * BLOCK_N
         k_1, k_2, v_1, v_2, visible = _load_keys(
-            key, pos, W, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col, D1, D2, DV1, DV2, BLOCK_N
+            key, pos, W, k_desc, k_desc2, v_desc, v_desc2, i_b, i_h, key0, rows, D1, D2, DV1, DV2, BLOCK_N, PACKED
         )
         acc_1, acc_2 = add_dq(
             acc_1, acc_2, q_1, q_2, do_1, do_2, k_1, k_2, v_1, v_2, visible, lse_log2, delta, gate, scale_log2,
@@ -415,7 +413,7 @@ def _dq_kernel(
     for i in range(front, front + whole):
         key = low + i * BLOCK_N
         k_1, k_2, v_1, v_2, visible = _load_keys(
-            key, pos, W, k_desc, k_desc2, k_row, k_col, v_desc, v_desc2, v_row, v_col, D1, D2, DV1, DV2, BLOCK_N
+            key, pos, W, k_desc, k_desc2, v_desc, v_desc2, i_b, i_h, key0, rows, D1, D2, DV1, DV2, BLOCK_N, PACKED
         )
         acc_1, acc_2 = add_dq(
             acc_1, acc_2, q_1, q_2, do_1, do_2, k_1, k_2, v_1, v_2, visible, lse_log2, delta, gate, scale_log2,
@@ -438,14 +436,14 @@ def _dq_kernel(
 
 @triton.jit
 def _dkdv_step(
-    first, end, i_head, key, pos0, W, k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2, q_desc, q_desc2, q_row, q_head,
-    q_column, do_desc, do_desc2, do_row, do_head, do_column, lse_ptr, delta_ptr, gate_ptr, stride_lt, stride_lh,
-    scale_log2, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, HAS_GATE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+    first, end, i_b, i_head, row0, rows, key, pos0, W, k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2, q_desc, q_desc2,
+    do_desc, do_desc2, lse_ptr, delta_ptr, gate_ptr, stride_lt, stride_lh, scale_log2, D1: tl.constexpr,
+    D2: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, HAS_GATE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Add the queries `first … first + BLOCK_M - 1` of one head, up to `end`, to dk and dv."""
-    q_1, q_2 = load_tile(q_desc, q_desc2, q_row + i_head * q_head + first, i_head * q_column, D1, D2)
-    do_1, do_2 = load_tile(do_desc, do_desc2, do_row + i_head * do_head + first, i_head * do_column, DV1, DV2)
+    q_1, q_2 = load_tile(q_desc, q_desc2, i_b, i_head, row0, rows, first, D1, D2, PACKED)
+    do_1, do_2 = load_tile(do_desc, do_desc2, i_b, i_head, row0, rows, first, DV1, DV2, PACKED)
     t = first + tl.arange(0, BLOCK_M)
     used = t < end
     stat = i_head * stride_lh + t * stride_lt
@@ -466,15 +464,14 @@ def _dkdv_step(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "TW", "W", "q_offset", "q_batch", "q_head", "do_batch", "do_head"])
+@triton.jit(do_not_specialize=["T", "TW", "W", "q_offset"])
 def _dkdv_kernel(
     k_ptr, v_ptr, lse_ptr, delta_ptr, gate_ptr, dk_ptr, dv_ptr, map_ptr, stride_kb, stride_kt, stride_kh, stride_vb,
     stride_vt, stride_vh, stride_lb, stride_lt, stride_lh, stride_dkb, stride_dkt, stride_dkh, stride_dvb, stride_dvt,
-    stride_dvh, q_desc, q_desc2, q_batch, q_head, q_column, do_desc, do_desc2, do_batch, do_head, do_column, cu_ptr,
-    leftpad_ptr, T, q_offset, PACKED: tl.constexpr, LEFTPAD: tl.constexpr, TW, W, scale, HAS_GATE: tl.constexpr,
-    G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr,
-    DV2: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EDGE_STAGES: tl.constexpr,
+    stride_dvh, q_desc, q_desc2, do_desc, do_desc2, cu_ptr, leftpad_ptr, T, q_offset, PACKED: tl.constexpr,
+    LEFTPAD: tl.constexpr, TW, W, scale, HAS_GATE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys.
 
@@ -495,8 +492,6 @@ def _dkdv_kernel(
     key = tl.where(key < 0, 2**30, key)  # padding: behind every query
     k_1, k_2 = load_pair(k_ptr + i_b * stride_kb + i_h * stride_kh + t_key * stride_kt, inside, D, D1, D2, True)
     v_1, v_2 = load_pair(v_ptr + i_b * stride_vb + i_h * stride_vh + t_key * stride_vt, inside, DV, DV1, DV2, True)
-    q_row = (i_b * q_batch + row0).to(tl.int32)
-    do_row = (i_b * do_batch + row0).to(tl.int32)
     stat = i_b * stride_lb + row0 * stride_lt
     lse_ptr += stat
     delta_ptr += stat
@@ -523,16 +518,15 @@ def _dkdv_kernel(
         tile = i % per_edge
         tile = tl.where(tile < front, tile, tile + whole)
         dk_1, dk_2, dv_1, dv_2 = _dkdv_step(
-            first + tile * BLOCK_M, end, i_h * G + i // per_edge, key, pos0, W, k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1,
-            dv_2, q_desc, q_desc2, q_row, q_head, q_column, do_desc, do_desc2, do_row, do_head, do_column, lse_ptr,
-            delta_ptr, gate_ptr, stride_lt, stride_lh, scale_log2, D1, D2, DV1, DV2, HAS_GATE, PRECISION, BLOCK_M, True,
+            first + tile * BLOCK_M, end, i_b, i_h * G + i // per_edge, row0, rows, key, pos0, W, k_1, k_2, v_1, v_2,
+            dk_1, dk_2, dv_1, dv_2, q_desc, q_desc2, do_desc, do_desc2, lse_ptr, delta_ptr, gate_ptr, stride_lt,
+            stride_lh, scale_log2, D1, D2, DV1, DV2, HAS_GATE, PRECISION, BLOCK_M, True, PACKED,
         )  # fmt: skip
     for i in range(0, G * whole):
         dk_1, dk_2, dv_1, dv_2 = _dkdv_step(
-            first + (front + i % per_whole) * BLOCK_M, end, i_h * G + i // per_whole, key, pos0, W, k_1, k_2, v_1, v_2,
-            dk_1, dk_2, dv_1, dv_2, q_desc, q_desc2, q_row, q_head, q_column, do_desc, do_desc2, do_row, do_head,
-            do_column, lse_ptr, delta_ptr, gate_ptr, stride_lt, stride_lh, scale_log2, D1, D2, DV1, DV2, HAS_GATE,
-            PRECISION, BLOCK_M, False,
+            first + (front + i % per_whole) * BLOCK_M, end, i_b, i_h * G + i // per_whole, row0, rows, key, pos0, W,
+            k_1, k_2, v_1, v_2, dk_1, dk_2, dv_1, dv_2, q_desc, q_desc2, do_desc, do_desc2, lse_ptr, delta_ptr,
+            gate_ptr, stride_lt, stride_lh, scale_log2, D1, D2, DV1, DV2, HAS_GATE, PRECISION, BLOCK_M, False, PACKED,
         )  # fmt: skip
     dk_1 *= scale
     if D2 > 0:
