@@ -232,7 +232,6 @@ class NSADynamicLayer(NSACacheLayerMixin, DynamicLayer):
         if start is None or start + held + added > buffer.shape[2]:
             buffer = old.new_empty(*old.shape[:2], held + added + spare, old.shape[3])
             buffer[:, :, :held] = old
-            buffer[:, :, held + added :] = 0  # kernels load what follows the last key, and multiply it by 0
             self._buffers[name], start = buffer, 0
         buffer[:, :, start + held : start + held + added] = new
         return buffer[:, :, start : start + held + added]

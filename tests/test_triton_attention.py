@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -254,6 +255,17 @@ def test_a_sequence_of_nan_changes_no_other(is_packed):
         results.append([x.nan_to_num(7.0) for x in (spoil(o.detach()), *gradients)])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+def test_room_for_more_in_a_cache_changes_nothing():
+    ids, changes = make_ids(1, 50).to(DEVICE), {"head_dim": 16, "num_hidden_layers": 1}
+    model, plain = (make_model(nsa_backend=name, **changes).to(DEVICE) for name in ("triton", "reference"))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad(), poisoned():
+        parts = [model(part, past_key_values=cache).logits for part in ids.split(30, dim=1)]
+        expected = plain(ids).logits
+    assert any(x.isnan().any() for x in cache.layers[0]._buffers.values())
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_ways_to_loop_agree(monkeypatch):
