@@ -138,6 +138,13 @@ def test_matches_reference(past, T, heads, groups, dim, v_dim, rest):
     check(past, T, heads, groups, dim, v_dim, **rest)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", range(4, 37))
+def test_any_number_of_blocks(n):
+    """Ranking compiles to other code for each: once it chose wrong blocks on a GPU for n = 5 alone."""
+    check(1000, 1, 2, 3, 16, 16, SIZES | {"num_selected_blocks": n})
+
+
 @pytest.mark.parametrize(
     "changes",
     [

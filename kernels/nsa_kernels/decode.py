@@ -25,7 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .compressed import head_dims, strides, visible_blocks
 from .library import define
-from .selection import _fold, fold_sizes, fold_tile
+from .selection import fold_shifted, fold_sizes, fold_tile
 from .triton_common import (
     LOG2E,
     NEGATIVE,
@@ -55,28 +55,18 @@ _RESIDENT_SELECTED = 3
 _MAX_SPLITS = 128
 # Importances ranked at once.
 _MAX_WIDTH = 1024
-# Importances joined at once, over the heads of a group, and outputs of splits.
-_JOINED = 8192
+# Importances times heads joined at once, in registers.
+_HELD = 16384
 # Warps of the kernel that joins and ranks them.
 _MERGE_WARPS = 8
-# Variants, for one sweep. How blocks are ranked: "base", through memory, or in "registers".
-_RANKING = "registers"
-# Most registers of a thread of the kernel that ranks; None: what it takes. 112 leave room for three programs beside it.
-_MERGE_REGISTERS = 112
-# Importances times heads joined at once in registers.
-_HELD = 16384
-# Whether tiles of compressed blocks lend each other what reaches over their edges instead of reading blocks twice.
-_EDGE = True
-# Whether the kernel that ranks lets the next one start before its own wait.
-_EARLY = True
-# Outputs of splits that a warp of the last kernel holds at once; 0: always four warps.
-_COMBINED = 2048
-# Groups of importances, per block that is kept, of which the best are kept: at most 128 groups are compared at once.
-_GROUPS = 4
-# Whether shares of the splits differ by at most one tile.
-_BALANCED = True
+# Ranking narrows candidates down to this many times those that are kept; more than 128 are not compared at once.
+_FACTOR = 8
+# Fewest that are kept: narrowing 8 groups down to 2 gave wrong ones on a GPU under Triton 3.6.
+_FEWEST = 4
+# Outputs of splits that are loaded before any is used, and that a warp of the last kernel holds at once.
+_JOINED, _COMBINED = 8192, 2048
 # Arguments that change with the number of tokens: a kernel is not compiled anew for each kind of value.
-_VARYING = ["q_offset", "T", "C", "TW", "S", "tiles", "splits", "all_splits"]
+_VARYING = ["q_offset", "T", "C", "TW", "tiles", "splits", "all_splits"]
 
 
 def decode_attention(
@@ -163,13 +153,11 @@ def _compute(
         _config(q.get_device(), q.dtype, D, DV, G, tile["BLOCK_M"], *blocks) for tile in (rows, single)
     )
     fold = fold_sizes(compress_block_size, compress_stride, select_block_size, narrowest=config["BLOCK_N"])
-    base = _RANKING == "base"
-    edge = _EDGE and not base and fold["HALO"] == 1
+    edge = fold["HALO"] == 1  # then tiles lend each other what reaches over their edges, and read no block twice
     if edge:
         fold = {**fold, "HALO": 0, "OUT": fold["OUT"] + 1}
     per = fold["BLOCK_N"] // fold["COLUMNS"]
     S = cdiv(k.shape[1], select_block_size)
-    padded = 16 * cdiv(S, 16)  # rows start where 16-byte loads can
     tiles = cdiv(S, fold["OUT"])
     query_tiles = cdiv(T, rows["TILE"])
     splits = _splits(tiles, B * H * rows["GROUPS"] * query_tiles, q.device)
@@ -185,7 +173,7 @@ def _compute(
     floats = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     lse, parts = floats(B, T, HQ, all_splits), floats(B, T, HQ, all_splits, DV)
     # every head's importances, each tile of them relative to its peak
-    imp, peak = floats(B, T, HQ, padded if base else tiles * per), floats(B, T, HQ, tiles)
+    imp, peak = floats(B, T, HQ, tiles * per), floats(B, T, HQ, tiles)
     edges = floats(B, T, HQ, tiles) if edge else None
 
     by_tensor = q_offset_tensor is not None
@@ -203,42 +191,24 @@ def _compute(
     compression = {"SIZE": compress_block_size, "STRIDE": compress_stride, "RATIO": fold["RATIO"], "OUT": fold["OUT"]}
     forced = {"N": num_selected_blocks, "INITIAL": num_initial_blocks, "LOCAL": num_local_blocks}
     free = num_selected_blocks - num_initial_blocks - num_local_blocks
-    counts = {"C": k_cmp.shape[1], "S": padded, "tiles": tiles, "splits": splits, "all_splits": all_splits}
+    counts = {"C": k_cmp.shape[1], "tiles": tiles, "splits": splits, "all_splits": all_splits}
     chained = {"PDL": _overlaps(q.device), "launch_pdl": _overlaps(q.device)}
 
     _partial_kernel[(H * rows["GROUPS"] * query_tiles, B, splits)](
         q, k_cmp, v_cmp, parts, lse, imp, peak, edges, *strides(q, k_cmp, v_cmp), query_tiles=query_tiles, **counts,
         **where, **shapes, **compression, **rows, COLUMNS=fold["COLUMNS"], HALO=fold["HALO"], FOLD=free > 0,
-        **{**config, "BLOCK_N": fold["BLOCK_N"]}, PDL=_overlaps(q.device), PADDED=not base, EDGE=edge,
-        BALANCED=_BALANCED,
+        **{**config, "BLOCK_N": fold["BLOCK_N"]}, PDL=_overlaps(q.device), EDGE=edge,
     )  # fmt: skip
-    heads, kept = next_power_of_2(G), next_power_of_2(max(1, free))
-    if base:
-        joined = floats(B, T, H, padded)
-        width = max(kept, min(_MAX_WIDTH, 128 if S <= 128 else 1024))
-        joining = max(16, min(width, _JOINED // heads))
-        keys = torch.empty(B, T, H, 2 * width, dtype=torch.int64, device=q.device)
-        _merge_base_kernel[(T, H, B)](
-            lse, imp, peak, joined, keys, block_indices, **counts, **where, **compression, **forced,
-            BLOCKS=select_block_size, G=G, HEADS=heads, SPLITS=next_power_of_2(splits), JOINED=joining, WIDTH=width,
-            KEPT=kept, WIDTH_OUT=next_power_of_2(num_selected_blocks), EARLY=_EARLY, num_warps=_MERGE_WARPS,
-            enable_fp_fusion=True, **chained,
-        )  # fmt: skip
-    else:
-        width = max(per, kept, min(_MAX_WIDTH, per * next_power_of_2(tiles), max(16, _HELD // heads)))
-        # a tensor of fewer elements than threads would be loaded and worked on in every layout that it is needed in
-        part_splits = max(next_power_of_2(splits), 32 * _MERGE_WARPS // heads)
-        ranking = {
-            "G": G, "HEADS": heads, "PART_SPLITS": part_splits, "PER": per, "TILES": width // per,
-            "HALO": fold["HALO"], "EDGE": edge, "ONE": tiles * per <= width, "KEPT": kept,
-            "FACTOR": max(2, min(_GROUPS, 128 // kept)),
-        }  # fmt: skip
-        _merge_kernel[(T, H, B)](
-            lse, imp, peak, edges, block_indices, C=k_cmp.shape[1], tiles=tiles, splits=splits,
-            all_splits=all_splits, **where, **compression, **forced, **ranking, BLOCKS=select_block_size,
-            WIDTH_OUT=next_power_of_2(num_selected_blocks), EARLY=_EARLY, num_warps=_MERGE_WARPS,
-            maxnreg=_MERGE_REGISTERS if kept <= 16 else None, enable_fp_fusion=True, **chained,
-        )  # fmt: skip
+    heads, kept = next_power_of_2(G), max(_FEWEST, next_power_of_2(free))
+    width = max(per, kept, min(_MAX_WIDTH, per * next_power_of_2(tiles), max(16, _HELD // heads)))
+    # a tensor of fewer elements than threads would be loaded and worked on in every layout that it is needed in
+    part_splits = max(next_power_of_2(splits), 32 * _MERGE_WARPS // heads)
+    _merge_kernel[(T, H, B)](
+        lse, imp, peak, edges, block_indices, **counts, **where, **compression, **forced, BLOCKS=select_block_size,
+        G=G, HEADS=heads, PART_SPLITS=part_splits, PER=per, TILES=width // per, HALO=fold["HALO"], EDGE=edge,
+        ONE=tiles * per <= width, KEPT=kept, FACTOR=max(2, min(_FACTOR, 128 // kept)),
+        WIDTH_OUT=next_power_of_2(num_selected_blocks), num_warps=_MERGE_WARPS, enable_fp_fusion=True, **chained,
+    )  # fmt: skip
     # fewer tiles ahead leave room for more programs: for those of the window beside those that wait for the choice
     _selected_kernel[(T * H * single["GROUPS"], B, window_splits + chosen_splits)](
         q, k, v, k_win, v_win, block_indices, parts, lse, *strides(q, k, v, k_win, v_win), TW=k_win.shape[1],
@@ -249,7 +219,7 @@ def _compute(
     parts_tile, block = next_power_of_2(all_splits), next_power_of_2(DV)
     combined = min(parts_tile, _JOINED // block)
     # a single warp adds up without a barrier, and finds room earlier
-    combine_warps = max(1, min(4, combined * block // _COMBINED)) if _COMBINED else 4
+    combine_warps = max(1, min(4, combined * block // _COMBINED))
     _combine_kernel[(HQ, T, B)](
         parts, lse, g_cmp, g_slc, g_win, o, *g_cmp.stride(), *g_slc.stride(), *g_win.stride(), HQ, T,
         splits, window_splits, all_splits, DV=DV, SPLITS=parts_tile,
@@ -362,12 +332,12 @@ def _store_split(o_ptr, lse_ptr, row, used, m_log2, z, acc_1, acc_2, DV: tl.cons
 def _partial_kernel(
     q_ptr, k_cmp_ptr, v_cmp_ptr, o_ptr, lse_ptr, imp_ptr, peak_ptr, edge_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    q_offset, leftpad_ptr, stride_offset, T, HQ, C, S, tiles, splits, all_splits, query_tiles, scale,
+    q_offset, leftpad_ptr, stride_offset, T, HQ, C, tiles, splits, all_splits, query_tiles, scale,
     OFFSET: tl.constexpr, LEFTPAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
     RATIO: tl.constexpr, COLUMNS: tl.constexpr, HALO: tl.constexpr, OUT: tl.constexpr, FOLD: tl.constexpr,
     PRECISION: tl.constexpr, TILE: tl.constexpr, GT: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PDL: tl.constexpr, PADDED: tl.constexpr, EDGE: tl.constexpr, BALANCED: tl.constexpr,
+    BLOCK_N: tl.constexpr, PDL: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of queries to a share of the compressed blocks, with their importances.
 
@@ -396,11 +366,7 @@ def _partial_kernel(
 
     blocks = visible_blocks(pos0 + T - 1, C, SIZE, STRIDE)
     live = _live_tiles(blocks, tiles, SIZE, STRIDE, RATIO, OUT)
-    if BALANCED:
-        first, stop = i_split * live // splits, (i_split + 1) * live // splits
-    else:
-        share = tl.cdiv(live, splits)
-        first, stop = i_split * share, tl.minimum((i_split + 1) * share, live)
+    first, stop = i_split * live // splits, (i_split + 1) * live // splits
     n_visible = visible_blocks(position, blocks, SIZE, STRIDE)
     offs_j = tl.arange(0, BLOCK_N // COLUMNS)
     k_ptrs = k_cmp_ptr + i_b * stride_kb + i_h * stride_kh
@@ -419,17 +385,13 @@ def _partial_kernel(
         if FOLD:
             imp = fold_tile(p, RATIO, COLUMNS, HALO, SIZE // STRIDE)
             if EDGE:
-                before = _fold(p, 1, RATIO, COLUMNS, SIZE // STRIDE)
+                before = fold_shifted(p, 1, RATIO, COLUMNS, SIZE // STRIDE)
                 index = tl.broadcast_to(tl.maximum(offs_j - 1, 0)[None, :], before.shape)
                 imp += tl.where((offs_j > 0)[None, :], tl.gather(before, index, 1), 0.0)
                 over = tl.sum(tl.where((offs_j == before.shape[1] - 1)[None, :], before, 0.0), 1)
                 tl.store(edge_ptr + row * tiles + i_keys, over, mask=used)
-            if PADDED:
-                imp_ptrs = imp_ptr + ((row * tiles + i_keys) * (BLOCK_N // COLUMNS))[:, None] + offs_j[None, :]
-                tl.store(imp_ptrs, imp, mask=used[:, None])
-            else:
-                mask_j = (offs_j >= HALO) & (offs_j < HALO + OUT) & (j0 + offs_j < S)
-                tl.store(imp_ptr + row[:, None] * S + (j0 + offs_j)[None, :], imp, mask=used[:, None] & mask_j[None, :])
+            imp_ptrs = imp_ptr + ((row * tiles + i_keys) * (BLOCK_N // COLUMNS))[:, None] + offs_j[None, :]
+            tl.store(imp_ptrs, imp, mask=used[:, None])
             tl.store(peak_ptr + row * tiles + i_keys, m_new, mask=used)
         p = tl.where(own[None, :], p, 0.0)
         alpha = tl.exp2(m - m_new)
@@ -595,13 +557,13 @@ def _merge_kernel(
     OUT: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
     G: tl.constexpr, HEADS: tl.constexpr, PART_SPLITS: tl.constexpr, PER: tl.constexpr, TILES: tl.constexpr,
     HALO: tl.constexpr, EDGE: tl.constexpr, ONE: tl.constexpr, KEPT: tl.constexpr, FACTOR: tl.constexpr,
-    WIDTH_OUT: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    WIDTH_OUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Block indices of a query: the forced blocks, and those of the highest importance, summed over splits and heads.
 
     Grid: (T, H, B)
     """
-    if PDL and EARLY:
+    if PDL:  # window and forced blocks are read beside the tail of the kernel before
         gdc_launch_dependents()
     i_q, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     pos0, _ = _first_position(i_b, q_offset, leftpad_ptr, stride_offset, OFFSET, LEFTPAD)
@@ -612,142 +574,12 @@ def _merge_kernel(
     live = _live_tiles(visible_blocks(pos0 + T - 1, C, SIZE, STRIDE), tiles, SIZE, STRIDE, RATIO, OUT)
     if PDL:
         gdc_wait()
-        if not EARLY:
-            gdc_launch_dependents()
     if (N > INITIAL + LOCAL) & (own >= N):
         _choose(
             lse_ptr, imp_ptr, peak_ptr, edge_ptr, out_ptr, (i_b * T + i_q) * HQ + i_h * G, live, own - LOCAL + 1,
             tiles, splits, all_splits, OUT, N, INITIAL, LOCAL, G, HEADS, PART_SPLITS, PER, TILES, HALO, EDGE, ONE, KEPT,
             FACTOR,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_VARYING)
-def _merge_base_kernel(
-    lse_ptr, imp_ptr, peak_ptr, joined_ptr, keys_ptr, out_ptr,
-    q_offset, leftpad_ptr, stride_offset, T, HQ, C, S, tiles, splits, all_splits,
-    OFFSET: tl.constexpr, LEFTPAD: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr,
-    OUT: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
-    G: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr, JOINED: tl.constexpr, WIDTH: tl.constexpr,
-    KEPT: tl.constexpr, WIDTH_OUT: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Block indices of a query: the forced blocks, and those of the highest importance, summed over splits and heads.
-
-    JOINED importances are summed at a time. WIDTH at a time become keys, and the KEPT largest of all so far stay.
-
-    Grid: (T, H, B)
-    """
-    i_q, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    pos0, _ = _first_position(i_b, q_offset, leftpad_ptr, stride_offset, OFFSET, LEFTPAD)
-    position = pos0 + i_q
-    own = tl.where(position >= 0, position // BLOCKS, -1)
-    searched = own >= N
-    out_row = (i_b * T + i_q) * tl.num_programs(1) + i_h
-    out_ptr += out_row * N
-    joined_ptr += out_row * S
-    keys_ptr += out_row * 2 * WIDTH
-    if PDL:
-        if EARLY:
-            gdc_launch_dependents()
-        gdc_wait()
-        if not EARLY:
-            gdc_launch_dependents()
-
-    slot = tl.arange(0, WIDTH_OUT)
-    first = tl.where(searched, INITIAL, N)
-    block = tl.where(slot < first, slot, own - (N - 1 - slot))
-    mask_slot = ((slot < first) | (slot >= N - LOCAL)) & (slot < N)
-    tl.store(out_ptr + slot, tl.where(block <= own, block, -1), mask=mask_slot)
-
-    if (N > INITIAL + LOCAL) & searched:
-        row = (i_b * T + i_q) * HQ + i_h * G
-        stop = own - LOCAL + 1
-        blocks = visible_blocks(pos0 + T - 1, C, SIZE, STRIDE)
-        known = tl.minimum(stop, _live_tiles(blocks, tiles, SIZE, STRIDE, RATIO, OUT) * OUT)
-        head, offs_s = tl.arange(0, HEADS), tl.arange(0, SPLITS)
-        mask_s = (head < G)[:, None] & (offs_s < splits)[None, :]
-        lse = tl.load(lse_ptr + (row + head)[:, None] * all_splits + offs_s[None, :], mask=mask_s, other=float("-inf"))
-        highest = tl.max(lse, 1)
-        some = highest > float("-inf")
-        highest = tl.where(some, highest, 0.0)
-        lse = highest + tl.log2(tl.where(some, tl.sum(tl.exp2(lse - highest[:, None]), 1), 1.0))
-        whole = tl.floor(lse)  # scaling by whole powers of two keeps equals equal
-        rest = tl.where(some, tl.exp2(whole - lse), 0.0)
-
-        # one dim leaves no choice of a layout: importances and peaks are laid out alike
-        offs = tl.arange(0, HEADS * JOINED)
-        i_head = offs // JOINED
-        imp_ptr += row * S
-        peak_ptr += row * tiles
-        for j0 in range(0, stop, JOINED):
-            offs_j = j0 + offs % JOINED
-            mask = (i_head < G) & (offs_j < known)
-            imp = tl.reshape(tl.load(imp_ptr + i_head * S + offs_j, mask=mask, other=0.0), [HEADS, JOINED])
-            peak = tl.load(peak_ptr + i_head * tiles + offs_j // OUT, mask=mask, other=NEGATIVE)
-            factor = tl.exp2(tl.reshape(peak, [HEADS, JOINED]) - whole[:, None]) * rest[:, None]
-            offs_j = j0 + tl.arange(0, JOINED)
-            tl.store(joined_ptr + offs_j, tl.sum(imp * factor, 0), mask=offs_j < stop)
-
-        best = tl.zeros([KEPT], dtype=tl.int64)
-        for j0 in range(0, stop, WIDTH):
-            tl.debug_barrier()
-            offs_j = j0 + tl.arange(0, WIDTH)
-            total = tl.load(joined_ptr + offs_j, mask=(offs_j >= INITIAL) & (offs_j < stop), other=-1.0)
-            # bits of floats >= 0 have their order; of equals the smaller index has the larger key
-            keys = (total.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - offs_j)
-            keys = _largest(keys, keys_ptr, KEPT)
-            best = _largest(tl.reshape(tl.join(best, keys), [2 * KEPT]), keys_ptr, KEPT) if j0 > 0 else keys
-        index = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
-        index = tl.where(tl.arange(0, KEPT) < N - INITIAL - LOCAL, index, 0x7FFFFFFF)
-        order = tl.sum((index[None, :] < index[:, None]).to(tl.int32), 1)
-        tl.store(out_ptr + INITIAL + order, index, mask=index < 0x7FFFFFFF)
-
-
-@triton.jit
-def _largest(keys, keys_ptr, KEPT: tl.constexpr):
-    """The KEPT largest of distinct keys, in descending order.
-
-    Of keys dealt out to groups they all lie in the KEPT groups of the largest maxima: a key of another group is below
-    KEPT maxima. So keys are narrowed down by comparing few with few.
-
-    Args:
-        keys_ptr: Room for twice the keys.
-    """
-    for _ in tl.static_range(16):
-        if keys.shape[0] > KEPT:
-            narrowed = _narrow(keys, keys_ptr, KEPT, 4 * KEPT if keys.shape[0] > 4 * KEPT else keys.shape[0])
-            keys_ptr += keys.shape[0]
-            keys = narrowed
-    return keys
-
-
-@triton.jit
-def _narrow(keys, keys_ptr, KEPT: tl.constexpr, GROUPS: tl.constexpr):
-    """Keys of the KEPT groups, of GROUPS, whose maxima are largest, by descending maximum."""
-    SIZE: tl.constexpr = keys.shape[0] // GROUPS
-    maxima = keys
-    if SIZE > 1:
-        tl.store(keys_ptr + tl.arange(0, keys.shape[0]), keys)
-        maxima = tl.max(tl.reshape(keys, [GROUPS, SIZE]), 1)
-    if GROUPS <= 128:
-        rank = tl.sum((maxima[None, :] > maxima[:, None]).to(tl.int32), 1)
-    else:
-        maxima_ptr = keys_ptr + (keys.shape[0] if SIZE > 1 else 0)
-        tl.store(maxima_ptr + tl.arange(0, GROUPS), maxima)
-        tl.debug_barrier()
-        rank = tl.zeros([GROUPS], dtype=tl.int32)
-        for i in range(0, GROUPS, 32):
-            some = tl.load(maxima_ptr + i + tl.arange(0, 32))
-            rank += tl.sum((some[None, :] > maxima[:, None]).to(tl.int32), 1)
-    ranked = rank[:, None] == tl.arange(0, KEPT)[None, :]
-    if SIZE > 1:
-        tl.debug_barrier()
-        group = tl.sum(tl.where(ranked, tl.arange(0, GROUPS)[:, None], 0), 0)
-        chosen = tl.load(keys_ptr + group[:, None] * SIZE + tl.arange(0, SIZE)[None, :])
-        chosen = tl.reshape(chosen, [KEPT * SIZE])
-    else:
-        chosen = tl.sum(tl.where(ranked, maxima[:, None], 0), 0)
-    return chosen
 
 
 @triton.jit(do_not_specialize=[*_VARYING, "window_splits", "first_split"])

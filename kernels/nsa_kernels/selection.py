@@ -289,17 +289,17 @@ def _score_kernel(
 @triton.jit
 def fold_tile(p, RATIO: tl.constexpr, COLUMNS: tl.constexpr, HALO: tl.constexpr, OVERLAP: tl.constexpr):
     """Importances of the selectable blocks of a tile of probabilities; of the first HALO only a part."""
-    imp = _fold(p, 0, RATIO, COLUMNS, OVERLAP)
+    imp = fold_shifted(p, 0, RATIO, COLUMNS, OVERLAP)
     offs_j = tl.arange(0, p.shape[1] // COLUMNS)
     for shift in tl.static_range(1, HALO + 1):
-        before = _fold(p, shift, RATIO, COLUMNS, OVERLAP)
+        before = fold_shifted(p, shift, RATIO, COLUMNS, OVERLAP)
         index = tl.broadcast_to(tl.maximum(offs_j - shift, 0)[None, :], before.shape)
         imp += tl.gather(before, index, 1)
     return imp
 
 
 @triton.jit
-def _fold(p, shift: tl.constexpr, RATIO: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr):
+def fold_shifted(p, shift: tl.constexpr, RATIO: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr):
     """What compressed blocks that start in block j add to the importance of block j + shift: `[M, columns // COLUMNS]`.
 
     Compressed block RATIO · j + m counts once for every k in 0 … OVERLAP - 1 with m + k inside block j + shift (eq. 9).
