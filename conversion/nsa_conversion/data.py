@@ -341,16 +341,19 @@ class PackedRows(torch.utils.data.Dataset):
 
     Args:
         rows: for every row, the documents in it (int32 arrays).
-        change: called with a document and random numbers whenever its row is read, seeded by torch's; returns what to
-            read instead, of the same length.
+        change: called with a document and random numbers whenever its row is read; returns what to read instead, of
+            the same length.
+        seed: of the random numbers, others for every row and reading.
     """
 
     def __init__(
         self,
         rows: Sequence[Sequence[np.ndarray]],
         change: Callable[[np.ndarray, random.Random], np.ndarray] | None = None,
+        seed: int = 0,
     ):
-        self.rows, self.change = rows, change
+        self.rows, self.change, self.seed = rows, change, seed
+        self._readings = [0] * len(rows)
         self.num_tokens = sum(len(piece) for row in rows for piece in row)
 
     def __len__(self) -> int:
@@ -359,7 +362,9 @@ class PackedRows(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         pieces = self.rows[index]
         if self.change is not None:
-            rng = random.Random(f"{torch.randint(2**31, ()).item()} {index}")
+            # nothing of torch's: models that are trained beside each other are to read the same
+            rng = random.Random(f"{self.seed} {index} {self._readings[index]}")
+            self._readings[index] += 1
             pieces = [self.change(piece, rng) for piece in pieces]
         input_ids = torch.from_numpy(np.concatenate(pieces).astype(np.int64))
         labels = input_ids.clone()
@@ -455,7 +460,7 @@ def state_facts(tokens: np.ndarray, rng: random.Random, tokenizer) -> np.ndarray
 
 
 def practise_retrieval(
-    rows: PackedRows, repeat_share: float, fact_share: float, shortest: int, tokenizer
+    rows: PackedRows, repeat_share: float, fact_share: float, shortest: int, tokenizer, seed: int = 0
 ) -> PackedRows:
     """Rows in which some documents are changed by `repeat_passage` and `state_facts`, drawn anew at every reading.
 
@@ -464,6 +469,7 @@ def practise_retrieval(
         repeat_share, fact_share: of the documents of at least `shortest` tokens, 0 to 1; one may be changed by both.
         shortest: tokens.
         tokenizer: of the tokens.
+        seed: of what is drawn.
     """
 
     def change(tokens, rng):
@@ -473,7 +479,7 @@ def practise_retrieval(
             tokens = state_facts(tokens, rng, tokenizer)
         return tokens
 
-    return PackedRows(rows.rows, change)
+    return PackedRows(rows.rows, change, seed)
 
 
 class PackedRowsCollator:

@@ -793,7 +793,8 @@ def _run(
         encoded, held_out = hold_out(encoded, data.eval_fraction, args.seed)
     rows = pack(encoded, data.max_length, data.full_rows)
     if data.repeat_share or data.fact_share:
-        rows = practise_retrieval(rows, data.repeat_share, data.fact_share, data.max_length // 2, tokenizer)
+        shares = (data.repeat_share, data.fact_share)
+        rows = practise_retrieval(rows, *shares, data.max_length // 2, tokenizer, args.seed)
     eval_rows: PackedRows | None = pack(held_out, data.max_length) if held_out else None
     texts = _evaluation_texts(held_out, data.max_length, data.eval_slices)
 
