@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny import SMALL_NSA, make_checkpoint
 from transformers import AutoModelForCausalLM
@@ -17,6 +18,7 @@ from nsa_conversion import cli
 from nsa_conversion.data import builtin_text
 from nsa_conversion.errors import NSAError
 from nsa_conversion.recipe import Recipe, load_yaml, run_recipe
+from nsa_conversion.rope import scale_rope
 
 finetune_module = importlib.import_module("nsa_conversion.finetune")
 SCRIPTS = Path(__file__).parents[1] / "conversion"
@@ -77,6 +79,8 @@ def test_a_recipe_says_what_is_wrong_with_it(dense, tmp_path, capsys):
         ({"stages": [{**stage, "output_dir": "x"}]}, "output_dir"),
         ({"stages": [stage], "convert": {"size": 3}}, "convert has unknown settings"),
         ({"stages": [stage], "convert": True}, "must be a mapping of settings"),
+        ({"stages": [stage], "yarn_factor": 1}, "YaRN factor must be a number above 1, got 1"),
+        ({"stages": [{**stage, "name": "scaled"}]}, "two steps are named 'scaled'"),
     ):
         with pytest.raises(NSAError, match=message):
             Recipe(content)
@@ -105,6 +109,30 @@ def test_two_processes_convert_once_and_train_together(dense, tmp_path):
     record = json.loads((tmp_path / "out" / "recipe.json").read_text())
     assert all(step["finished"] for step in record.values())
     AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "adapted")
+
+
+def test_a_recipe_scales_rope_first(dense, tmp_path):
+    stage = {"name": "adapted", "stage": "adapt", "teacher": "source", "max_steps": 1, "save_strategy": "no"}
+    recipe = Recipe({**RECIPE, "yarn_factor": 2, "stages": [stage]})
+    out = run_recipe(dense, tmp_path / "out", recipe, train_file=[str(dense.parent / "text.txt")])
+    source = AutoModelForCausalLM.from_pretrained(dense)
+    scaled, adapted = (AutoModelForCausalLM.from_pretrained(tmp_path / "out" / name) for name in ("scaled", out.name))
+    length = source.config.max_position_embeddings
+    for model in (scaled, adapted):
+        assert model.config.max_position_embeddings == 2 * length
+        wanted = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": length}
+        assert wanted.items() <= model.config.rope_parameters.items()
+    for name, weight in source.state_dict().items():
+        assert torch.equal(weight, scaled.state_dict()[name])
+    record = json.loads((out / "nsa_finetune.json").read_text())
+    assert record["arguments"]["stage"]["teacher"] == str(tmp_path / "out" / "scaled")
+    ids = torch.arange(3, 200)[None] % source.config.vocab_size
+    assert not torch.allclose(scaled(ids).logits, source(ids).logits, atol=1e-3)
+    with pytest.raises(NSAError, match="is scaled already"):
+        scale_rope(tmp_path / "out" / "scaled", tmp_path / "again", 2)
+    with pytest.raises(NSAError, match="not empty"):
+        scale_rope(dense, tmp_path / "out", 2)
+    assert not (tmp_path / "again").exists()
 
 
 def test_the_dense_yardstick_is_trained_like_the_sparse_model():

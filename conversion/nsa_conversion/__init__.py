@@ -24,6 +24,7 @@ _EXPORTS = {
     "inspect_text": "inspect",
     "push": "hub",
     "load_model": "sources",
+    "scale_rope": "rope",
     "smollm2_gguf": "sources",
     "NSAError": "errors",
 }

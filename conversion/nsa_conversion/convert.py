@@ -285,7 +285,7 @@ def convert(
     start = time.perf_counter()
     _check_names(nsa_settings)
     dest = Path(dest).expanduser().absolute()
-    _check_dest(dest)
+    check_dest(dest)
     limit = _parse_size(max_shard_size)
     prepared = prepare(
         source,
@@ -343,7 +343,7 @@ def convert(
     )
 
 
-def _check_dest(dest):
+def check_dest(dest):
     if dest.exists() and not dest.is_dir():
         raise NSAError(f"dest {str(dest)!r} exists and is not a directory.")
     if dest.is_dir() and any(dest.iterdir()):
@@ -630,7 +630,7 @@ def main(argv: list[str]) -> int:
     if args.verify_length is not None and args.verify_length < 2:
         raise NSAError(f"--verify-length must be at least 2 tokens, got {args.verify_length}.")
     if args.dest is not None:
-        _check_dest(Path(args.dest).expanduser())
+        check_dest(Path(args.dest).expanduser())
     if args.dry_run:
         from nsa_conversion.plan import plan
 

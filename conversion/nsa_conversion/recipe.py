@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from .errors import NSAError
+from .rope import check_yarn_factor, scale_rope
 
 __all__ = ["Recipe", "load_yaml", "run_recipe"]
 
-CONVERTED = "converted"
+SCALED, CONVERTED = "scaled", "converted"
 RECORD = "recipe.json"
 # Given once for all stages, or not by a recipe.
 RESERVED = ("model", "output_dir", "overwrite", "resume_from_checkpoint", "push_to_hub", "recipe")
@@ -43,6 +44,7 @@ class Recipe:
         stages_needed: refuse a recipe without stages.
 
     Attributes:
+        yarn_factor: how far the source's RoPE is scaled before all else, or None.
         convert: settings of `convert`, or None.
         stages: name -> settings of `finetune`, those for all stages included.
 
@@ -53,9 +55,12 @@ class Recipe:
     def __init__(self, content: Any, name: str = "the recipe", stages_needed: bool = True):
         if not isinstance(content, Mapping) or (stages_needed and not content.get("stages")):
             raise NSAError(f"{name} must be a mapping with a list of stages, got {content!r:.80}")
-        unknown = sorted(set(content) - {"convert", "settings", "stages"})
+        unknown = sorted(set(content) - {"yarn_factor", "convert", "settings", "stages"})
         if unknown:
-            raise NSAError(f"{name}: unknown keys {unknown}; a recipe has convert, settings and stages")
+            raise NSAError(f"{name}: unknown keys {unknown}; a recipe has yarn_factor, convert, settings and stages")
+        self.yarn_factor = content.get("yarn_factor")
+        if self.yarn_factor is not None:
+            check_yarn_factor(self.yarn_factor)
         self.convert = content.get("convert")
         if self.convert is not None and not isinstance(self.convert, Mapping):
             raise NSAError(f"{name}: convert must be a mapping of settings ({{}} for none), got {self.convert!r:.80}")
@@ -67,7 +72,7 @@ class Recipe:
             stage_name = stage.get("name") if isinstance(stage, Mapping) else None
             if not isinstance(stage_name, str) or not re.fullmatch(r"[\w-]+", stage_name):
                 raise NSAError(f"{name}: every stage needs a name of letters, digits, - and _, got {stage!r:.80}")
-            if stage_name in (*self.stages, CONVERTED):
+            if stage_name in (*self.stages, SCALED, CONVERTED):
                 raise NSAError(f"{name}: two steps are named {stage_name!r}; give every stage a name of its own")
             self.stages[stage_name] = {**common, **{key: value for key, value in stage.items() if key != "name"}}
         self._check(name)
@@ -141,11 +146,11 @@ def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **sett
         raise NSAError(f"--output-dir {output} is the model itself; choose another directory")
     output.mkdir(parents=True, exist_ok=True)
     stages = {name: {**each, **settings} for name, each in recipe.stages.items()}
-    for each in stages.values():
-        if each.get("teacher") == "source":
-            each["teacher"] = source
+    teacher = source if recipe.yarn_factor is None else str(output / SCALED)
     main, wait = _processes(any(each.get("use_cpu") for each in stages.values()))
-    steps = ([] if recipe.convert is None else [(CONVERTED, dict(recipe.convert))]) + list(stages.items())
+    steps = [] if recipe.yarn_factor is None else [(SCALED, {"factor": recipe.yarn_factor})]
+    steps += [] if recipe.convert is None else [(CONVERTED, dict(recipe.convert))]
+    steps += stages.items()
     wanted, digest = {}, hashlib.sha256(source.encode())
     for name, each in steps:
         digest.update(json.dumps([name, each], sort_keys=True, default=str).encode())
@@ -159,6 +164,7 @@ def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **sett
             )
         if name not in begun and (output / name).exists():
             raise NSAError(f"{output / name} exists and is not of this recipe; choose another --output-dir")
+    before_training = {SCALED: scale_rope, CONVERTED: convert}
     wait()  # all processes have seen the same state
     for name, each in steps:
         place = output / name
@@ -172,12 +178,15 @@ def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **sett
         if main:
             _write_record(output / RECORD, begun)
             print(f"recipe: {name}", flush=True)
-            if name == CONVERTED and not (place / "config.json").exists():  # conversion leaves all or nothing
-                convert(source, place, **each)
-            elif name != CONVERTED and began and not resumable:
+            if name in before_training:  # they leave all or nothing
+                if not (place / "config.json").exists():
+                    before_training[name](source, place, **each)
+            elif began and not resumable:
                 shutil.rmtree(place, ignore_errors=True)
         wait()
-        if name != CONVERTED:
+        if name not in before_training:
+            if each.get("teacher") == "source":
+                each = {**each, "teacher": teacher}
             finetune(source, place, **each, **({"resume_from_checkpoint": "true"} if resumable else {}))
         begun[name]["finished"] = True
         if main:
