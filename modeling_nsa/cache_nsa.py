@@ -7,10 +7,11 @@ A layer holds, as `[B, H, tokens, D]`:
     k_cmp, v_cmp    compressed keys and values, one per complete block; φ runs once per block
     k_tail, k_tail_rot, v_tail
                     what φ reads of the last l - 1 tokens: keys before and after RoPE, and values
-    k_win, v_win    window branch, the last w tokens (not with shared K/V: there they are the last keys and values);
-                    with a static cache a ring buffer
+    k_win, v_win    window branch, the last w tokens (not with shared K/V: there they are the last keys and values)
 and, only once a row's padding had to be moved to its front,
     columns         `[B, tokens]`, which column of the input each slot holds
+
+With a static cache tails and windows are ring buffers with room for a decoding step: slot s lies at index s % size.
 
 Registration: a layer class with `_layer_type` enters transformers' layer mappings when it is defined.
 """
@@ -341,10 +342,11 @@ class NSAStaticLayer(NSACacheLayerMixin, StaticLayer):
         layout = nsa.layout
         self.max_blocks = num_compressed_blocks(self.max_cache_len, layout.compress_block_size, layout.compress_stride)
         shapes = {"k_cmp": (key_states, self.max_blocks + 1), "v_cmp": (value_states, self.max_blocks + 1)}
-        shapes |= {name: (state, nsa.tail_size) for name, state in nsa.tails.items()}
+        rings = {name: (state, nsa.tail_size) for name, state in nsa.tails.items()}
         if nsa.k_win is not None:
-            size = min(self.max_cache_len, nsa.window_size + MAX_DECODE_QUERIES - 1)
-            shapes |= {"k_win": (nsa.k_win, size), "v_win": (nsa.v_win, size)}
+            rings |= {"k_win": (nsa.k_win, nsa.window_size - 1), "v_win": (nsa.v_win, nsa.window_size - 1)}
+        for name, (like, before) in rings.items():
+            shapes[name] = (like, min(self.max_cache_len, before + MAX_DECODE_QUERIES))
         for name, (like, size) in shapes.items():
             state = like.new_zeros(*like.shape[:2], size, like.shape[3])
             if not torch.compiler.is_compiling():
@@ -364,7 +366,10 @@ class NSAStaticLayer(NSACacheLayerMixin, StaticLayer):
         past = self.cumulative_length.clone()
         super().update(key_states, value_states)
 
-        tails = {name: torch.cat((getattr(self, name), new), dim=2) for name, new in nsa.tails.items()}
+        tails = {}
+        for name, new in nsa.tails.items():
+            tails[name] = self._read_before(getattr(self, name), new, past, nsa.tail_size)
+            self._write_ring(getattr(self, name), new, past)
         blocks = nsa.compress(
             tails, layout.first_slot(layout.past_length - nsa.tail_size), layout.num_blocks, layout.block_embeddings
         )
@@ -373,8 +378,6 @@ class NSAStaticLayer(NSACacheLayerMixin, StaticLayer):
                 self._write_blocks(name, new, layout, self.max_blocks, inplace=True)
             else:
                 getattr(self, name)[:, :, layout.first_block : layout.first_block + layout.num_blocks] = new
-        for name, state in tails.items():
-            getattr(self, name).copy_(state[:, :, T:])
 
         self.window_ring = T <= MAX_DECODE_QUERIES
         if nsa.k_win is None:
@@ -389,18 +392,25 @@ class NSAStaticLayer(NSACacheLayerMixin, StaticLayer):
         return (self.keys, self.k_cmp, window[0]), (self.values, self.v_cmp, window[1])
 
     def _window(self, ring, new, past, layout, window_size):
-        """Put new tokens into a ring buffer, slot s at index s % size; returns it, or for many tokens what they see."""
-        T, size = new.shape[2], ring.shape[2]
-        slots = (past + torch.arange(T, device=self.device)) % size
+        """Put new tokens into a ring buffer; returns it, or for many tokens what they see."""
         if self.window_ring:
-            return ring.index_copy_(2, slots, new)
-        if isinstance(layout.past_length, int) and layout.past_length == 0:
+            seen = ring
+        elif isinstance(layout.past_length, int) and layout.past_length == 0:
             seen = new
         else:
-            before = (past + torch.arange(1 - window_size, 0, device=self.device)) % size
-            seen = torch.cat((ring.index_select(2, before), new), dim=2)
-        ring.index_copy_(2, slots[-size:], new[:, :, -size:])
+            seen = self._read_before(ring, new, past, window_size - 1)
+        self._write_ring(ring, new, past)
         return seen
+
+    def _read_before(self, ring, new, past, count):
+        """The `count` tokens before slot `past`, in order, and new ones; what lies before slot 0 is arbitrary."""
+        before = (past + torch.arange(-count, 0, device=self.device)) % ring.shape[2]
+        return torch.cat((ring.index_select(2, before), new), dim=2)
+
+    def _write_ring(self, ring, new, past):
+        T, size = new.shape[2], ring.shape[2]
+        slots = (past + torch.arange(T, device=self.device)) % size
+        ring.index_copy_(2, slots[-size:], new[:, :, -size:])
 
     def reset(self) -> None:
         super().reset()
