@@ -4,6 +4,7 @@
 
 from .interface import (
     BACKENDS,
+    append_tokens,
     compress_mean,
     compress_mlp,
     compress_pool,
@@ -23,6 +24,7 @@ from .validation import MAX_DECODE_QUERIES, check_sizes
 __all__ = [
     "BACKENDS",
     "MAX_DECODE_QUERIES",
+    "append_tokens",
     "check_sizes",
     "compress_mean",
     "compress_mlp",

@@ -24,6 +24,7 @@ from .validation import MAX_DECODE_QUERIES, check_layout, check_sizes, check_ten
 
 __all__ = [
     "BACKENDS",
+    "append_tokens",
     "compress_mean",
     "compress_mlp",
     "compress_pool",
@@ -42,6 +43,7 @@ BACKENDS = ("auto", "triton", "reference")
 
 # the operations with a second, faster implementation
 _TRITON_OPERATIONS = (
+    "append_tokens",
     "compress_mean",
     "compress_mlp",
     "compress_pool",
@@ -136,6 +138,7 @@ def _public(name: str, check: Callable) -> Callable:
 
 def _triton(name):
     # imported on first use: importing this package never imports triton
+    from .append import append_tokens
     from .attention import nsa_attention
     from .compressed import compressed_attention
     from .compression import compress_mean, compress_mlp, compress_pool
@@ -145,8 +148,8 @@ def _triton(name):
     from .window import window_attention
 
     operations = (
-        compress_mean, compress_mlp, compress_pool, compressed_attention, decode_attention, nsa_attention,
-        select_blocks, selected_attention, window_attention,
+        append_tokens, compress_mean, compress_mlp, compress_pool, compressed_attention, decode_attention,
+        nsa_attention, select_blocks, selected_attention, window_attention,
     )  # fmt: skip
     return {operation.__name__: operation for operation in operations}[name]
 
@@ -196,6 +199,20 @@ def _check_sum(o_cmp, o_slc, o_win, **gates):
             raise ValueError(f"`{name}` must have shape {list(o_slc.shape[:-1])}, got {list(gate.shape)}.")
 
 
+def _check_append(q, new, cache, compress_block_size, compress_stride, **rest):
+    check_sizes(
+        compress_block_size=compress_block_size, compress_stride=compress_stride, select_block_size=compress_block_size
+    )
+    separate = ("k_cmp" in new) == ("k_win" in new) == ("k_win" in cache)
+    if not separate:
+        raise ValueError(
+            "`new` must hold `k_cmp`, `v_cmp`, `k_win` and `v_win` if `cache` holds `k_win` and `v_win`, and else none "
+            f"of them, got {sorted(new)} and {sorted(cache)}."
+        )
+    check_tensors(q, {f"k{x}": (new[f"k{x}"], new[f"v{x}"]) for x in ("", "_cmp", "_win") if f"k{x}" in new})
+
+
+append_tokens = _public("append_tokens", _check_append)
 compress_mean = _public("compress_mean", _check_compress)
 compress_mlp = _public("compress_mlp", _check_compress)
 compress_pool = _public("compress_pool", _check_compress)

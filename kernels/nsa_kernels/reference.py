@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 __all__ = [
+    "append_tokens",
     "compress_mean",
     "compress_mlp",
     "compress_pool",
@@ -573,6 +574,113 @@ def unroll(ring, stop) -> torch.Tensor:
     size = ring.shape[1]
     index = _positions(ring, 0, size, None, stop - size) % max(1, size)
     return ring[torch.arange(ring.shape[0], device=ring.device)[:, None], index]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding with a static cache
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def append_tokens(
+    q,
+    new,
+    cache,
+    phi_k,
+    phi_v,
+    *,
+    slots,
+    compress_type,
+    compress_block_size,
+    compress_stride,
+    leftpad=None,
+    embeddings=None,
+    block_embeddings=None,
+) -> torch.Tensor:
+    """Put a decoding step's tokens into a static cache, and φ (eq. 7) of the blocks that they complete.
+
+    φ by `compress_type`: "mean", the mean of the rotated keys; "mlp", `compress_mlp` of the keys before RoPE, rotated
+    to the block's mean position; "residual_mlp", the sum of both; "pool", with x the `compress_pool` of the rotated
+    keys, `x + rotate(linear · unrotate(x))` at the block's mean position. Values have no RoPE.
+
+    Args:
+        q: `[B, T, HQ, D]` before RoPE.
+        new: The new tokens before RoPE, `k` `[B, T, H, D]` and `v` `[B, T, H, DV]` of the selected branch and, unless
+            all branches share them, `k_cmp`, `v_cmp`, `k_win` and `v_win`.
+        cache: Written in place. `keys`, `values` `[B, H, N, …]`, slot s at index s; `k_cmp`, `v_cmp`
+            `[B, H, C + 1, …]`, the last one for incomplete blocks; ring buffers of at least l - 1 + T slots, or N, slot
+            s at index s % size: `v_tail`, `k_tail` before RoPE (not for "mean") and `k_tail_rot` after RoPE (not for
+            "mlp") hold what φ reads, `k_win` and `v_win` the window unless it is shared; `length`, int64 `[]`, the
+            slots that are taken.
+        phi_k, phi_v: Parameters of φ, as `compress_mlp` takes them (none for "mean") or `compress_pool` and then
+            `linear` `[D, D]`.
+        slots: int64 `[T]`, the new tokens' slots, consecutive; no memory of the cache.
+        embeddings: cos and sin of the new tokens, `[B or 1, T, D]`, or None.
+        block_embeddings: cos and sin at the mean positions of the first `cdiv(T, d)` blocks that were not complete
+            before, `[B or 1, NC, D]`, or None.
+
+    Returns:
+        Rotated queries `[B, T, HQ, D]`.
+    """
+    k, v = _rotate(new["k"], embeddings), new["v"]
+    k_phi, v_phi = new.get("k_cmp", new["k"]), new.get("v_cmp", v)
+    written = {"keys": k, "values": v, "v_tail": v_phi}
+    if "k_tail" in cache:
+        written["k_tail"] = k_phi
+    if "k_tail_rot" in cache:
+        written["k_tail_rot"] = _rotate(k_phi, embeddings)
+    if "k_win" in cache:
+        written |= {"k_win": _rotate(new["k_win"], embeddings), "v_win": new["v_win"]}
+    for name, x in written.items():
+        at = slots if name in ("keys", "values") else slots % cache[name].shape[2]
+        cache[name].index_copy_(2, at, x.transpose(1, 2))
+    cache["length"].copy_(slots[-1] + 1)
+
+    B, T = q.shape[:2]
+    start = slots[0] if leftpad is None else slots[0] - leftpad
+    before, complete = (
+        torch.div(tokens - compress_block_size + compress_stride, compress_stride, rounding_mode="floor")
+        for tokens in (start, start + T)
+    )
+    before, complete = (count.clamp(min=0).reshape(-1, 1) for count in (before, complete))  # [B or 1, 1]
+    block = before + torch.arange(-(-T // compress_stride), device=q.device)  # [B or 1, NC]
+    first = before[:, 0] * compress_stride - start + compress_block_size - 1
+    recent = slots[0] + torch.arange(1 - compress_block_size, T, device=q.device)
+    tails = {
+        name: cache[name].index_select(2, recent % cache[name].shape[2]).transpose(1, 2)
+        for name in ("k_tail", "k_tail_rot", "v_tail") if name in cache
+    }  # fmt: skip
+    where = {"compress_block_size": compress_block_size, "compress_stride": compress_stride}
+    where |= {"first_slot": first, "num_blocks": block.shape[1]}
+    k_cmp = _compress(compress_type, tails.get("k_tail"), tails.get("k_tail_rot"), phi_k, block_embeddings, where)
+    v_cmp = _compress(compress_type, tails["v_tail"], tails["v_tail"], phi_v, None, where)
+    rows, heads = (torch.arange(n, device=q.device) for n in (B, v.shape[2]))
+    for name, x in (("k_cmp", k_cmp), ("v_cmp", v_cmp)):
+        index = torch.where(block < complete, block, cache[name].shape[2] - 1)[:, None]  # [B or 1, 1, NC]
+        cache[name].index_put_((rows[:, None, None], heads[:, None], index), x.transpose(1, 2))
+    return _rotate(q, embeddings)
+
+
+def _compress(compress_type, x, x_rotated, parameters, embeddings, where):
+    if compress_type == "mean":
+        return compress_mean(x_rotated, **where)
+    if compress_type == "pool":
+        out = compress_pool(x, x_rotated, *parameters[:4], **where)
+        change = out
+        if embeddings is not None:
+            cos, sin = embeddings
+            change = (_rotate(out, (cos, -sin)) / (cos.square() + sin.square()).unsqueeze(-2)).to(out.dtype)
+        return out + _rotate(F.linear(change, parameters[4]), embeddings).to(out.dtype)
+    out = _rotate(compress_mlp(x, *parameters, **where), embeddings)
+    return out if compress_type == "mlp" else compress_mean(x_rotated, **where) + out
+
+
+def _rotate(x, embeddings):
+    """RoPE on `[B, T, H, D]` with cos and sin `[B or 1, T, D]`."""
+    if embeddings is None:
+        return x
+    cos, sin = (each.unsqueeze(-2) for each in embeddings)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 # ---------------------------------------------------------------------------------------------------------------------
