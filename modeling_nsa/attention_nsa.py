@@ -27,9 +27,9 @@ from transformers.models.llama.modeling_llama import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from nsa_kernels import compress_mean, compress_mlp, compress_pool, nsa_attention
+from nsa_kernels import append_tokens, compress_mean, compress_mlp, compress_pool, nsa_attention, resolve_backend
 
-from .cache_nsa import NSACacheInput
+from .cache_nsa import NSACacheInput, NSAStaticLayer
 from .configuration_nsa import NSAConfig
 from .layout_nsa import NSALayout
 
@@ -95,6 +95,14 @@ class NSACompression(nn.Module):
             self.w2 = nn.Parameter(torch.empty(head_dim, hidden))
             self.b2 = nn.Parameter(torch.empty(head_dim))
 
+    def weights(self) -> list[torch.Tensor]:
+        """Parameters of φ, as `nsa_kernels.append_tokens` takes them."""
+        if self.compress_type == "mean":
+            return []
+        if self.compress_type == "pool":
+            return [self.pos_bias, self.w1, self.b1, self.w2, self.linear]
+        return [self.pos_embed, self.w1, self.b1, self.w2, self.b2]
+
     def forward(self, x, x_rotated, embeddings=None, first_slot=0, num_blocks=None, cu_seqlens=None):
         """
         Args:
@@ -159,7 +167,8 @@ class NSAGateScale(nn.Module):
     def scale(cls, gates, delta):
         """Scale gates `[B, T, HQ, 3]` by δ."""
         scale = cls.step * delta.float().unflatten(-1, (-1, 3))  # [1, 1, H, 3]
-        scale = torch.stack([x + start for x, start in zip(scale.unbind(-1), cls.start)], dim=-1)
+        branch = torch.arange(len(cls.start), device=scale.device)
+        scale = scale + sum(start * (branch == i) for i, start in enumerate(cls.start))
         return gates * scale.repeat_interleave(gates.shape[-2] // scale.shape[-2], dim=-2).to(gates.dtype)
 
 
@@ -309,32 +318,40 @@ class NSAAttention(NSADenseAttention):
             hidden_states, *position_embeddings = (
                 _gather_tokens(x.expand(shape[0], -1, -1), layout.order) for x in (hidden_states, *position_embeddings)
             )
-        rotate = self._rotation(position_embeddings)
-        q = rotate(self._heads(hidden_states, self.q_proj, self.q_norm))
-        k_slc, v = self._heads(hidden_states, self.k_proj, self.k_norm), self._heads(hidden_states, self.v_proj)
-        k = rotate(k_slc)
-        if self.config.shared_kv:
-            tails, k_win, v_win = self._tails(k_slc, k, v), k, v
-        else:
-            k_cmp, v_cmp = self._branch(hidden_states, "cmp")
-            tails = self._tails(k_cmp, rotate(k_cmp) if self.config.compress_type != "mlp" else None, v_cmp)
-            k_win, v_win = self._branch(hidden_states, "win")
-            k_win = rotate(k_win)
+        q = self._heads(hidden_states, self.q_proj, self.q_norm)
+        k, v = self._heads(hidden_states, self.k_proj, self.k_norm), self._heads(hidden_states, self.v_proj)
+        new = {"k": k, "v": v}
+        if not self.config.shared_kv:
+            for branch in ("cmp", "win"):
+                new[f"k_{branch}"], new[f"v_{branch}"] = self._branch(hidden_states, branch)
         gates = self.gate(hidden_states)
         if self.gate_scale is not None:
             gates = NSAGateScale.scale(gates, self.gate_scale(hidden_states))
 
-        if layout.parallel is not None:
-            output, block_indices = self._attend_in_parallel(layout.parallel, q, k, v, tails, k_win, v_win, gates)
-            return self.o_proj(output.flatten(2)), None, block_indices, gates
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        if self._appends(layer, layout, q, new):
+            q, keys, values = self._append(layer, layout, q, new, position_embeddings)
+        else:
+            rotate = self._rotation(position_embeddings)
+            q, k = rotate(q), rotate(new["k"])
+            if self.config.shared_kv:
+                tails, k_win, v_win = self._tails(new["k"], k, v), k, v
+            else:
+                k_cmp = new["k_cmp"]
+                k_rotated = rotate(k_cmp) if self.config.compress_type != "mlp" else None
+                tails, k_win, v_win = self._tails(k_cmp, k_rotated, new["v_cmp"]), rotate(new["k_win"]), new["v_win"]
+            if layout.parallel is not None:
+                output, block_indices = self._attend_in_parallel(layout.parallel, q, k, v, tails, k_win, v_win, gates)
+                return self.o_proj(output.flatten(2)), None, block_indices, gates
+            if layer is not None:
+                keys, values = self._update(past_key_values, layout.cache or layout, k, v, tails, k_win, v_win)
 
         window_ring = False
-        if past_key_values is not None:
-            keys, values = self._update(past_key_values, layout.cache or layout, k, v, tails, k_win, v_win)
+        if layer is not None:
             (k_cmp, v_cmp) = keys[1], values[1]
             if layout.cache is None:
                 (k, _, k_win), (v, _, v_win) = keys, values
-                window_ring = past_key_values.layers[self.layer_idx].window_ring
+                window_ring = layer.window_ring
         cu_seqlens = layout.cu_seqlens
         tensors = (q, k, v, k_win, v_win, *gates.unbind(-1))
         if cu_seqlens is not None:
@@ -367,6 +384,29 @@ class NSAAttention(NSADenseAttention):
             output, block_indices, gates = (_gather_tokens(x, back) for x in (output, block_indices, gates))
             weights = None if weights is None else _gather_tokens(weights.transpose(1, 2), back).transpose(1, 2)
         return output, weights, block_indices, gates
+
+    def _appends(self, layer, layout, q, new):
+        """Whether kernels put the tokens into the cache: few, into a static one that is begun, without gradients."""
+        if layout.slots is None or not isinstance(layer, NSAStaticLayer) or not layer.is_initialized:
+            return False
+        tensors = (q, *new.values(), *self.compress_k.weights(), *self.compress_v.weights())
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return False
+        return resolve_backend(self.config.nsa_backend, q) == "triton"
+
+    def _append(self, layer, layout, q, new, position_embeddings):
+        """Put new tokens and the blocks that they complete into a static cache layer; rotated q, then as `_update`."""
+        rope = {"embeddings": None, "block_embeddings": None}
+        if self.use_rope:
+            rope["embeddings"] = position_embeddings
+            rope["block_embeddings"] = split_ropes(layout.block_embeddings, self.head_dim)[self.rope_index]
+        q = append_tokens(
+            q, new, layer.states(), self.compress_k.weights(), self.compress_v.weights(), slots=layout.slots,
+            leftpad=layout.leftpad, compress_type=self.config.compress_type, **self.compress_k.sizes, **rope,
+            backend=self.config.nsa_backend,
+        )  # fmt: skip
+        keys, values = layer.held()
+        return q, tuple(x.transpose(1, 2) for x in keys), tuple(x.transpose(1, 2) for x in values)
 
     def _nsa_attention(self, q, k, v, k_cmp, v_cmp, k_win, v_win, *gates, **where):
         settings = {"scale": self.scaling, "backend": self.config.nsa_backend}

@@ -391,6 +391,18 @@ class NSAStaticLayer(NSACacheLayerMixin, StaticLayer):
             window = tuple(self._window(*pair, past, layout, nsa.window_size) for pair in pairs)
         return (self.keys, self.k_cmp, window[0]), (self.values, self.v_cmp, window[1])
 
+    def states(self) -> dict[str, torch.Tensor]:
+        """Everything that is held, as `nsa_kernels.append_tokens` takes it."""
+        held = {name: getattr(self, name) for name in ("keys", "values", *self.state_names)}
+        held["length"] = self.cumulative_length
+        return {name: state for name, state in held.items() if state is not None}
+
+    def held(self):
+        """What `update` returns for few tokens, after kernels have put them in place."""
+        self.window_ring = True
+        window = (self.keys, self.values) if self.k_win is None else (self.k_win, self.v_win)
+        return (self.keys, self.k_cmp, window[0]), (self.values, self.v_cmp, window[1])
+
     def _window(self, ring, new, past, layout, window_size):
         """Put new tokens into a ring buffer; returns it, or for many tokens what they see."""
         if self.window_ring:

@@ -32,6 +32,7 @@ class NSALayout:
         block_embeddings: cos and sin at the mean position of these blocks, `[B or 1, NC, D]` (packed: `[NC, D]`).
         embed: Position embeddings (cos, sin) of positions `[B or 1, N]`.
         first_position: Position id of each row's first real token, `[B or 1, 1]`.
+        slots: int64 `[T]`, slots of the new tokens, where `past_length` is a tensor; else None.
         cache: Layout of the same tokens in the cache, where it differs: rows padded on the right are computed as they
             come, but cached as `[padding, real tokens]`, so that more tokens can follow.
         to_cache: int64 `[B, T]`, which token goes to which slot of the cache; in `cache` only.
@@ -52,6 +53,7 @@ class NSALayout:
     block_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
     embed: Callable | None = None
     first_position: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
     cache: "NSALayout | None" = None
     to_cache: torch.Tensor | None = None
     trailing: torch.Tensor | None = None
@@ -122,6 +124,8 @@ def build_layout(config, inputs_embeds, attention_mask, position_ids, past_key_v
         embed=lambda positions: rotary_emb(inputs_embeds, positions), **padding,
     )  # fmt: skip
     _set_blocks(layout)
+    if isinstance(past, torch.Tensor):
+        layout.slots = past + torch.arange(T, device=device)
     if cached is not None:
         layout.cache = replace(layout, leftpad=cached[0], to_cache=cached[1], real=None)
         _set_blocks(layout.cache)

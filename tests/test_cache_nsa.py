@@ -3,12 +3,16 @@
 """The cache layers: memory, growth, and every lifecycle method."""
 
 import copy
+import functools
+import operator
+import re
 
 import pytest
 import torch
 from tiny_nsa import close, every_variant, logits, make_ids, make_model, sparse_variants
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache, StaticCache
 
@@ -309,13 +313,37 @@ def test_compiled_steps_are_one_graph_that_is_never_compiled_again(backend):
             outputs.append(compiled(ids[:, t : t + 1], attention_mask=seen, past_key_values=cache).logits)
     expected = logits(model, ids, attention_mask=mask[:, :34].long())
     close(torch.cat(outputs, 1)[mask[:, :34]], expected[mask[:, :34]])
-    if backend == "triton":  # each is written once, as inductor does in place; a scatter would copy the cache
-        layer, aten = cache.layers[0], torch.ops.aten
-        held = {tuple(x.shape) for x in (layer.keys, layer.k_cmp, layer.k_win)}
-        targets = [target for target, shape in made if shape in held]
-        writes = [target for target in targets if target in (aten.index_put.default, aten.index_copy.default)]
-        assert len(writes) == 6
-        assert set(targets) <= {*writes, aten.transpose.int}
+    if backend == "triton":  # one operation writes all of them; anything else would copy them
+        layer = cache.layers[0]
+        held = {tuple(x.shape) for x in (layer.keys, layer.k_cmp, layer.k_win, layer.k_tail)}
+        targets = {target for target, shape in made if shape in held}
+        assert targets == {operator.getitem}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["qwen3-like", "shared"])
+def test_compiled_code_writes_in_place_and_shares_what_layers_have_in_common(variant):
+    """The operation that writes gets the cache itself, not copies; rotations, slots and padding are computed once."""
+    torch._dynamo.reset()
+    small = {"head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "v_head_dim": 16}
+    model, ids = make_model(variant, nsa_backend="triton", **small), make_ids(2, 31)
+    mask = torch.ones(2, 64, dtype=torch.bool)
+    mask[1, :5] = mask[:, 31:] = False
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    with torch.no_grad():
+        model(ids[:, :30], attention_mask=mask & (torch.arange(64) < 30), past_key_values=cache)
+        compiled = torch.compile(model, fullgraph=True)
+        step = functools.partial(compiled, ids[:, 30:], attention_mask=mask, past_key_values=cache)
+        output, (code,) = run_and_get_code(step)
+    close(output.logits[:, -1], logits(model, ids, attention_mask=mask[:, :31].long())[:, -1])
+    calls = [line for line in code.splitlines() if re.search(r"= torch\.ops\.\w+\.append_tokens\.default", line)]
+    read, written = (
+        [set(re.findall(r"\bbuf\d+\b", call.partition("default(")[2].rpartition("], ")[i])) for call in calls]
+        for i in (0, 2)
+    )
+    assert len(read[0] & read[1]) == 4  # cos, sin, slots and padding
+    # the first layer's length is read by all layers
+    assert [len(buffers) for buffers in written] == [1, 0]
 
 
 def test_generate_compiles_a_static_cache_once():

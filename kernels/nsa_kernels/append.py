@@ -161,6 +161,7 @@ _append = define(
     "Tensor(j!)? v_win, str compress_type, int compress_block_size, int compress_stride) -> Tensor",
     _compute,
     lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format),
+    any_strides=True,
 )
 
 

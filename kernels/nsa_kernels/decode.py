@@ -235,6 +235,7 @@ _attention = define(
     "int num_initial_blocks, int num_local_blocks, int window_size, float scale, bool window_ring) -> (Tensor, Tensor)",
     _compute,
     lambda q, k, v, *rest: _allocate(q, v, rest[-6]),
+    any_strides=True,
 )
 
 

@@ -17,19 +17,22 @@ _LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
 WHERE = "Tensor? leftpad, SymInt q_offset, Tensor? cu_seqlens"
 
 
-def define(schema, implementation, fake):
+def define(schema, implementation, fake, *, any_strides=False):
     """Register an operation that works alike on every device.
 
     Args:
         schema: As `torch.library.Library.define` takes it.
         implementation: Computes it.
         fake: Allocates what it returns, without reading data.
+        any_strides: Whether compiled code may change strides of inputs. Where it may not, it copies what it has not yet
+            computed for every call: what all layers share, in each of them.
 
     Returns:
         The operation, to be called like `implementation`, with positional arguments.
     """
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    strides = (torch.Tag.flexible_layout,) if any_strides else ()
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *strides))
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
     return getattr(getattr(torch.ops, _NAMESPACE), name).default
