@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark of decoding without a GPU: what it reads, its check, its pictures."""
 
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -34,14 +35,23 @@ def test_the_check_sees_an_error(monkeypatch, queries):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = {"context": 1300, "device": device}
     assert benchmark_decode.check("tiny", queries, torch.float32, **settings) < 1e-5
-    attention = nsa.nsa_attention
+    for name, broken in (("nsa_attention", "v"), ("append_tokens", "q")):
+        with monkeypatch.context() as patch:
+            patch.setattr(nsa, name, negated(getattr(nsa, name), broken))
+            with pytest.raises(SystemExit, match=r"off by .*: not timed"):
+                benchmark_decode.check("tiny", queries, torch.float32, **settings)
 
-    def wrong(q, k, v, *rest, backend, **settings):
-        return attention(q, k, v if backend == "reference" else -v, *rest, backend="reference", **settings)
 
-    monkeypatch.setattr(nsa, "nsa_attention", wrong)
-    with pytest.raises(SystemExit, match=r"off by .*: not timed"):
-        benchmark_decode.check("tiny", queries, torch.float32, **settings)
+def negated(operation, name):
+    """The operation on the negative of an argument, where it is to use the kernels."""
+
+    def wrong(*args, backend, **settings):
+        arguments = inspect.signature(operation).bind(*args, **settings).arguments
+        if backend == "triton":
+            arguments[name] = -arguments[name]
+        return operation(**arguments, backend="reference")
+
+    return wrong
 
 
 def test_pictures(tmp_path):

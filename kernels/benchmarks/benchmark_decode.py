@@ -7,8 +7,10 @@
 From q, gates and caches to o. Calls are held in a CUDA graph, each on the next of several caches, so that none finds
 its data in the L2 cache; "nsa, eager" is the same without a graph. Keys, values and queries are random: the chosen
 blocks lie all over the past. The offset of the queries is a tensor on the device and the cache has room for more, like
-a static cache in `generate`. The floor is what the bytes that must be read take at the rate of a large copy on the same
-GPU. Kernels that do not agree with the reference are not timed. Beside the CSV file: time by context, and speed-ups.
+a static cache in `generate`. `append_ms` is what it takes to put the new tokens there, keys and values of all branches,
+and `append_block_ms` where φ compresses a block too; neither is part of a step's time. The floor is what the bytes that
+must be read take at the rate of a large copy on the same GPU. Kernels that do not agree with the reference are not
+timed. Beside the CSV file: time by context, and speed-ups.
 """
 
 import math
@@ -77,6 +79,46 @@ def sparse(q, gates, cache, context, backend="triton", leftpad=None):
     return run
 
 
+def make_append(shape, cache, queries, dtype, completes):
+    """Put new tokens into a cache of `make_cache`, φ "residual_mlp" of a converted model.
+
+    Args:
+        cache: With room for more tokens: the new ones lie behind those that it is timed with.
+        completes: Whether the last of them completes a block; else none does, if there are fewer than 16.
+
+    Returns:
+        What does it, and the tensors that it writes to.
+    """
+    HQ, H, D = SHAPES[shape]
+    (B, tokens), device = cache[0].shape[:2], cache[0].device
+    size, stride = COMPRESSION.values()
+
+    def draw(*shape):
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    names = ("keys", "values", "k_cmp", "v_cmp", "k_win", "v_win")
+    held = {name: x.transpose(1, 2) for name, x in zip(names, cache)}
+    held |= {name: draw(B, H, size - 1 + nsa.MAX_DECODE_QUERIES, D) for name in ("k_tail", "k_tail_rot", "v_tail")}
+    held["length"] = torch.zeros((), dtype=torch.long, device=device)
+    new = {f"{x}{branch}": draw(B, queries, H, D) for branch in ("", "_cmp", "_win") for x in "kv"}
+    q, hidden = draw(B, queries, HQ, D), 2 * D
+    shapes = ((size, D), (hidden, size * D), (hidden,), (D, hidden), (D,))
+    phi_k, phi_v = ([draw(*shape) / shape[-1] ** 0.5 for shape in shapes] for _ in range(2))
+    last = tokens // stride * stride - 2 * stride - (1 if completes else 1 + stride - queries)
+    where = {
+        "slots": last + 1 - queries + torch.arange(queries, device=device),
+        "embeddings": (draw(1, queries, D), draw(1, queries, D)),
+        "block_embeddings": tuple(draw(1, -(-queries // stride), D) for _ in range(2)),
+        "compress_type": "residual_mlp",
+        **COMPRESSION,
+    }
+
+    def run(backend="triton"):
+        return nsa.append_tokens(q, new, held, phi_k, phi_v, **where, backend=backend)
+
+    return run, held
+
+
 def dense(q, cache, context, backend):
     q, k, v = q.transpose(1, 2), *(x.transpose(1, 2)[:, :, :context] for x in cache[:2])
 
@@ -94,6 +136,14 @@ def check(shape, queries, dtype, context=6000, device="cuda"):
     leftpad = torch.tensor([0, context // 5, context - 100], device=device)
     want, got = (sparse(q, gates, cache, context, x, leftpad)().float() for x in ("reference", "triton"))
     off = ((got - want).norm() / want.norm()).item()
+    append, held = make_append(shape, cache, queries, dtype, completes=True)
+    written = [held[name] for name in ("keys", "values", "k_cmp", "v_cmp", "k_win", "v_win")]
+    results = []
+    for backend in ("reference", "triton"):
+        for x in written:
+            x.zero_()
+        results.append([append(backend).float(), *(x.float().clone() for x in written)])
+    off = max(off, *(((got - want).norm() / want.norm()).item() for want, got in zip(*results)))
     if not off < 0.03:
         raise SystemExit(f"{shape}, {queries} queries: the kernels are off by {off:.3g}: not timed.")
     return off
@@ -157,7 +207,12 @@ def measure_point(results, about, dtype, rate, milliseconds, most):
         print(f"{place} {name:11s} {measured['median_ms']:9.4f} ms, {fraction:.0%} of the floor's rate", flush=True)
 
     calls = [sparse(q, gates, cache, context) for cache in caches]
-    add("nsa", "nsa", time_graph(calls, milliseconds), **kernel_times(calls))
+    appends = {}
+    for name, completes in (("append_ms", False), ("append_block_ms", True)):
+        puts = [make_append(shape, cache, queries, dtype, completes)[0] for cache in caches]
+        appends[name] = time_graph(puts, milliseconds)["median_ms"]
+        del puts
+    add("nsa", "nsa", time_graph(calls, milliseconds), **kernel_times(calls), **appends)
     eager = measure(lambda: [call() for call in calls], milliseconds)
     add("nsa, eager", "nsa", {name: round(x / copies, 5) for name, x in eager.items() if name != "peak_gib"})
     for name, backend in DENSE.items():
