@@ -218,6 +218,25 @@ def test_a_model_with_a_static_cache(monkeypatch, variant, padded):
                 close(*(x if whole else x[:, :, :-1] for x in (got.states()[name], state)))
 
 
+@torch.no_grad()
+def test_a_model_appends_with_kernels_only_where_they_are_asked_for(monkeypatch):
+    appended = []
+
+    def append_tokens(q, *args, **where):
+        appended.append(True)
+        return q
+
+    monkeypatch.setattr(attention_nsa, "append_tokens", append_tokens)
+    monkeypatch.setattr(attention_nsa, "resolve_backend", lambda *args: "triton")
+    ids = make_ids(1, 20).to(DEVICE)
+    for backend, expected in (("auto", False), ("reference", True)):  # what it resolves to is Triton, above
+        model = make_model(nsa_backend=backend).to(DEVICE)
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        model(ids[:, :19], past_key_values=cache)
+        model(ids[:, 19:], past_key_values=cache)
+        assert bool(appended) == expected
+
+
 def test_refuses_by_name():
     inputs, where = make_step("mean", 0, 17, batch=1)
     with pytest.raises(NotImplementedError, match="at most 16 tokens a row, got 17"):
