@@ -40,13 +40,18 @@ def test_random_prompts_are_continued_the_same_however_they_are_cached(seed):
     sizes = {"head_dim": 16, "seed": seed, "num_selected_blocks": rng.randrange(4, 9)}  # three are forced
     by_reference = make_model(variant, nsa_backend="reference", **sizes).cuda()
     alone = [by_reference.generate(prompt, **settings) for prompt in prompts]
-    model = make_model(variant, **sizes).cuda()
-    for cached in (
-        {},
-        {"prefill_chunk_size": rng.randrange(1, longest + 1)},
-        {"cache_implementation": "static", "disable_compile": True},
-        {"cache_implementation": "static"},
+    static = {"cache_implementation": "static"}
+    by_kernels = make_model(variant, **sizes).cuda()
+    by_name = make_model(variant, nsa_backend="triton", **sizes).cuda()  # kernels write into a static cache, too
+    for model, cached in (
+        (by_kernels, {}),
+        (by_kernels, {"prefill_chunk_size": rng.randrange(1, longest + 1)}),
+        (by_kernels, {**static, "disable_compile": True}),
+        (by_kernels, static),
+        (by_name, {**static, "disable_compile": True}),
+        (by_name, static),
     ):
+        torch._dynamo.reset()
         answers = model.generate(ids, attention_mask=mask, **settings, **cached)
         for row, want in enumerate(alone):
             got = answers[row, longest:]
