@@ -30,7 +30,7 @@ import torch
 from torch.nn import functional as F
 
 from nsa_conversion import NSAError, convert, load_model, smollm2_gguf
-from nsa_conversion.data import builtin_text, encode_documents, read_files, repeat_passage
+from nsa_conversion.data import builtin_text, encode_documents, read_files, repeat_passage, state_facts
 from nsa_conversion.diagnosis import block_mass
 from nsa_conversion.distill import (
     LayerInput,
@@ -62,12 +62,6 @@ DESIGNS: dict[str, tuple[dict[str, Any], str | None, float]] = {
 }
 COPIED_TOKENS = 6
 NEEDLES, DEPTHS = ("needle_choice", "passkey_choice"), (0.1, 0.3, 0.5)
-# Facts that are stated in the first half of a text and used in the second.
-FACTS = 14
-STATED = ("The {key} of {name} is {value}. ", "{name} has {key} {value}. ", "{key} ({name}): {value}\n")
-USED = ("As said above, the {key} of {name} is {value}. ", "Remember that {name} has {key} {value}. ")
-KEYS = ("code", "port", "value", "id", "colour", "size", "weight")
-
 
 PRACTICE = {
     "none": "as they are",
@@ -325,17 +319,6 @@ def _needles(tokenizer, length: int, count: int) -> list[Needle]:
     return needles
 
 
-def _state_facts(ids: np.ndarray, tokenizer, words: Sequence[str], rng: random.Random) -> np.ndarray:
-    """Made-up facts between the tokens of a text, each stated once and used once; its length stays."""
-    tokens, half = ids.tolist(), len(ids) // 2
-    for _ in range(FACTS):
-        fact = {"key": rng.choice(KEYS), "name": " ".join(rng.sample(words, 2)), "value": rng.randrange(100, 100_000)}
-        for forms, low, high in ((STATED, 0, half), (USED, half, len(ids))):
-            place = rng.randrange(low, high)
-            tokens[place:place] = tokenizer(rng.choice(forms).format(**fact), add_special_tokens=False)["input_ids"]
-    return np.array(tokens[: len(ids)])
-
-
 def _repeat_short(ids: np.ndarray, rng: random.Random) -> np.ndarray:
     """Passages of the first half of a text written again in the second, at least a quarter of it further on."""
     again, half = ids.copy(), len(ids) // 2
@@ -364,8 +347,7 @@ def _texts(path: str, tokenizer, length: int, count: int, practice: str = "passa
     elif practice == "passages":
         found = [_repeat_short(ids, rng) for ids in found]
     elif practice == "facts":
-        words = Material(builtin_text()).words
-        found = [_state_facts(ids, tokenizer, words, rng) for ids in found]
+        found = [state_facts(ids, rng, tokenizer) for ids in found]
     return [torch.from_numpy(ids).long() for ids in found]
 
 

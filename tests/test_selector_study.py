@@ -50,20 +50,20 @@ def test_training_a_design_finds_more_than_its_start(selector_study, tmp_path):
 
 
 def test_practice_changes_texts_and_not_their_length(selector_study, tmp_path):
-    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": builtin_text()[:4000]}) + "\n", encoding="utf-8")
-    tokenizer = make_tokenizer(tmp_path)
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": builtin_text()[:20000]}) + "\n", encoding="utf-8")
+    tokenizer, length = make_tokenizer(tmp_path), 6000  # a token is a byte: facts take much of a shorter text
     made = {
-        name: selector_study._texts(str(tmp_path / "texts.jsonl"), tokenizer, 800, 1, name)[0]
+        name: selector_study._texts(str(tmp_path / "texts.jsonl"), tokenizer, length, 1, name)[0]
         for name in selector_study.PRACTICE
     }
-    assert {len(ids) for ids in made.values()} == {800}
+    assert {len(ids) for ids in made.values()} == {length}
     assert torch.equal(made["passage"], made["none"])  # of every second text
-    half = 400
+    half = length // 2
     assert torch.equal(made["passages"][:half], made["none"][:half])
-    assert len(selector_study._copy_queries(made["passages"], 200)) > len(
-        selector_study._copy_queries(made["none"], 200)
+    assert len(selector_study._copy_queries(made["passages"], 1500)) > len(
+        selector_study._copy_queries(made["none"], 1500)
     )
-    assert "As said above" in tokenizer.decode(made["facts"]) or "Remember that" in tokenizer.decode(made["facts"])
+    assert not torch.equal(made["facts"], made["none"])
 
 
 def test_needles_point_to_the_number(selector_study, tmp_path):

@@ -11,7 +11,7 @@ from tiny import SMALL_NSA, make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nsa_conversion import convert, finetune, stages
-from nsa_conversion.data import builtin_text
+from nsa_conversion.data import PackedRows, builtin_text
 from nsa_conversion.distill import dense_forward
 from nsa_conversion.errors import NSAError
 from nsa_conversion.stages import StageArguments, annealed_blocks
@@ -68,11 +68,15 @@ def test_warmup_teaches_phi_and_what_it_reads(run, tmp_path):
     assert "`teacher`" not in card
 
 
-def test_warmup_teaches_a_pooling_phi_with_repeated_passages(places, tmp_path):
+def test_warmup_teaches_a_pooling_phi_with_repeated_passages(places, tmp_path, monkeypatch):
+    epochs, read = [], PackedRows.__getitem__
+    monkeypatch.setattr(PackedRows, "__getitem__", lambda rows, index: epochs.append(rows.epoch) or read(rows, index))
     convert(places / "dense", tmp_path / "nsa", progress=False, **SMALL_NSA, compress_type="pool")
     settings = {"stage": "warmup", "max_steps": 12, "new_parameter_lr": 1e-2, "selector_target": "mass"}
     settings |= {"train_file": places / "row.txt", "repeat_share": 1.0, "fact_share": 1.0}
     finetune(tmp_path / "nsa", tmp_path / "out", **RUN | settings)
+    assert len(set(epochs)) > 1  # practice is drawn anew in each
+    assert sorted(set(epochs)) == list(range(max(epochs) + 1))
     history = [entry for entry in json.loads((tmp_path / "out" / "log_history.json").read_text()) if "loss" in entry]
     for term in ("selector_loss", "value_loss"):
         assert history[-1][term] < 0.95 * history[0][term], term

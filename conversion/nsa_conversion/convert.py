@@ -344,6 +344,7 @@ def convert(
 
 
 def check_dest(dest):
+    """Refuse a place that is a file or a directory with something in it."""
     if dest.exists() and not dest.is_dir():
         raise NSAError(f"dest {str(dest)!r} exists and is not a directory.")
     if dest.is_dir() and any(dest.iterdir()):

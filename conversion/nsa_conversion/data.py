@@ -343,7 +343,7 @@ class PackedRows(torch.utils.data.Dataset):
         rows: for every row, the documents in it (int32 arrays).
         change: called with a document and random numbers whenever its row is read; returns what to read instead, of
             the same length.
-        seed: of the random numbers, others for every row and reading.
+        seed: of the random numbers, which differ between rows and epochs.
     """
 
     def __init__(
@@ -353,18 +353,21 @@ class PackedRows(torch.utils.data.Dataset):
         seed: int = 0,
     ):
         self.rows, self.change, self.seed = rows, change, seed
-        self._readings = [0] * len(rows)
+        self.epoch = 0
         self.num_tokens = sum(len(piece) for row in rows for piece in row)
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def set_epoch(self, epoch: int) -> None:
+        """What is drawn from now on is that epoch's."""
+        self.epoch = epoch
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         pieces = self.rows[index]
         if self.change is not None:
             # nothing of torch's: models that are trained beside each other are to read the same
-            rng = random.Random(f"{self.seed} {index} {self._readings[index]}")
-            self._readings[index] += 1
+            rng = random.Random(f"{self.seed} {index} {self.epoch}")
             pieces = [self.change(piece, rng) for piece in pieces]
         input_ids = torch.from_numpy(np.concatenate(pieces).astype(np.int64))
         labels = input_ids.clone()
@@ -462,7 +465,7 @@ def state_facts(tokens: np.ndarray, rng: random.Random, tokenizer) -> np.ndarray
 def practise_retrieval(
     rows: PackedRows, repeat_share: float, fact_share: float, shortest: int, tokenizer, seed: int = 0
 ) -> PackedRows:
-    """Rows in which some documents are changed by `repeat_passage` and `state_facts`, drawn anew at every reading.
+    """Rows in which some documents are changed by `repeat_passage` and `state_facts`, drawn anew in every epoch.
 
     Args:
         rows: packed documents.

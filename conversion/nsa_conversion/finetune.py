@@ -498,6 +498,16 @@ class _ContextTrainer(ContextTrainerMixin, _Trainer):
     """The trainer of rows that several processes share."""
 
 
+class _DrawAnew(TrainerCallback):
+    """Tells the training rows which epoch begins: accelerate does so in one process only."""
+
+    def __init__(self, rows: PackedRows):
+        self.rows = rows
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.rows.set_epoch(int(state.epoch + 1e-6))
+
+
 class _BeforeTraining(TrainerCallback):
     """Measures a sharded model before its first step: only when training begins is it on its devices."""
 
@@ -836,6 +846,7 @@ def _run(
                 f"--stage {stage.stage} reads weights outside the forward pass: use neither FSDP nor DeepSpeed"
             )
 
+    trainer.add_callback(_DrawAnew(rows))
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
     def measure(description: str) -> list[PositionBucket] | None:

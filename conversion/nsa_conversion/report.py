@@ -189,7 +189,9 @@ class EvaluationReport:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         json_path, html_path = directory / "eval.json", directory / "eval.html"
-        json_path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        # a line per part: most of it are lists of numbers
+        parts = (f"{json.dumps(name)}: {json.dumps(part)}" for name, part in self.to_dict().items())
+        json_path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
         html_path.write_text(self.html(), encoding="utf-8")
         return json_path, html_path
 
