@@ -271,6 +271,16 @@ def test_facts_are_stated_once_and_used_once_further_on(tokenizer):
     assert drawn[0] != drawn[1]
 
 
+def test_facts_leave_half_of_a_text(tokenizer):
+    (document,) = encode_documents([builtin_text()[:1500]], tokenizer, progress=False)
+    changed = state_facts(document, random.Random(0), tokenizer)
+    assert len(changed) == len(document)
+    assert (changed != document).any()
+    kept = tokenizer.decode(document[: len(document) // 2])
+    pieces = iter(tokenizer.decode(changed))
+    assert all(letter in pieces for letter in kept)  # in order, with facts between
+
+
 def test_practice_does_not_know_the_tasks():
     asked = ("magic", "pass key", "number", "mentioned")
     assert not [form for form in (*FACTS_STATED, *FACTS_USED, *FACT_KEYS) if any(word in form for word in asked)]

@@ -51,7 +51,7 @@ def test_training_a_design_finds_more_than_its_start(selector_study, tmp_path):
 
 def test_practice_changes_texts_and_not_their_length(selector_study, tmp_path):
     (tmp_path / "texts.jsonl").write_text(json.dumps({"text": builtin_text()[:20000]}) + "\n", encoding="utf-8")
-    tokenizer, length = make_tokenizer(tmp_path), 6000  # a token is a byte: facts take much of a shorter text
+    tokenizer, length = make_tokenizer(tmp_path), 3600
     made = {
         name: selector_study._texts(str(tmp_path / "texts.jsonl"), tokenizer, length, 1, name)[0]
         for name in selector_study.PRACTICE

@@ -9,6 +9,7 @@ rows of a batch to the model as one padding-free sequence whose positions restar
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -436,7 +437,7 @@ def state_facts(tokens: np.ndarray, rng: random.Random, tokenizer) -> np.ndarray
 
     Names are two words of the document, values numbers or other words. Facts are stated anywhere in its first nine
     tenths; half of them are used somewhere behind, the others one after the other at its end. The length stays: the
-    end of the text gives way. A document of too few words stays as it is.
+    end of the text gives way, and at least half of it stays. A document of too few words is left as it is.
     """
     words = sorted(set(re.findall(r"\b[a-z]{4,9}\b", tokenizer.decode(tokens))))
     count = min(rng.randint(MIN_FACTS, MAX_FACTS), len(words) // 4)
@@ -451,9 +452,9 @@ def state_facts(tokens: np.ndarray, rng: random.Random, tokenizer) -> np.ndarray
     if not sentences:
         return tokens
     pieces = tokenizer(sentences, add_special_tokens=False)["input_ids"]
+    taken = itertools.accumulate(len(stated) + len(used) for stated, used in zip(pieces[::2], pieces[1::2]))
+    pieces = pieces[: 2 * sum(size <= len(tokens) // 2 for size in taken)]
     text = tokens[: len(tokens) - sum(map(len, pieces))]
-    if len(text) < len(tokens) // 2:
-        return tokens
     order = sorted(range(len(pieces)), key=places.__getitem__)
     parts = np.split(text, [min(int(places[each] * len(text)), len(text)) for each in order])
     mixed = [parts[0]]
