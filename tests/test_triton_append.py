@@ -122,6 +122,8 @@ def check(*args, **kwargs):
         assert got[name].dtype == want[name].dtype, name
         assert torch.equal(got[name].isnan(), exact[name].isnan()), name
         a, b, c = (x[name].double().nan_to_num() for x in (exact, want, got))
+        if not a.numel():  # no block fits into the cache
+            continue
         size = max(1.0, a.abs().max().item())
         error = (b - a).abs().max().item()
         limit = 2 * error + (2 * torch.finfo(dtype).eps + 30 * torch.finfo(torch.float32).eps) * size

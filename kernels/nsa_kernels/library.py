@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registration of the Triton operations with `torch.library`: each is one node of a compiled graph, with gradients."""
 
+import functools
 import re
 
 import torch
@@ -15,6 +16,20 @@ _NAMESPACE = re.sub(r"\W", "_", __package__)
 _LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
 # The arguments of `Layout`.
 WHERE = "Tensor? leftpad, SymInt q_offset, Tensor? cu_seqlens"
+
+
+def _on_the_device_of_its_tensors(implementation):
+    """Triton starts kernels on the current device, which a model spread over several GPUs does not change."""
+
+    @functools.wraps(implementation)
+    def run(*args):
+        device = next(x.device for x in args if isinstance(x, torch.Tensor))
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return implementation(*args)
+        with torch.cuda.device(device):
+            return implementation(*args)
+
+    return run
 
 
 def define(schema, implementation, fake, *, any_strides=False):
@@ -33,7 +48,7 @@ def define(schema, implementation, fake, *, any_strides=False):
     name = schema.partition("(")[0]
     strides = (torch.Tag.flexible_layout,) if any_strides else ()
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *strides))
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _on_the_device_of_its_tensors(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
     return getattr(getattr(torch.ops, _NAMESPACE), name).default
 
