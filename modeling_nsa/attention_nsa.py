@@ -27,10 +27,19 @@ from transformers.models.llama.modeling_llama import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from nsa_kernels import append_tokens, compress_mean, compress_mlp, compress_pool, nsa_attention, resolve_backend
+from nsa_kernels import (
+    MAX_DECODE_QUERIES,
+    append_tokens,
+    compress_mean,
+    compress_mlp,
+    compress_pool,
+    nsa_attention,
+    resolve_backend,
+)
 
 from .cache_nsa import NSACacheInput, NSAStaticLayer
 from .configuration_nsa import NSAConfig
+from .fusion_nsa import fuse_linears, fused_linear
 from .layout_nsa import NSALayout
 
 __all__ = [
@@ -139,9 +148,10 @@ class NSAGate(nn.Module):
         self.fc2 = nn.Linear(hidden, 3 * config.num_attention_heads)
         self.fc2.starts_at_zero = True
 
-    def forward(self, hidden_states):
-        """`[B, T, hidden_size]` to `[B, T, HQ, 3]`."""
-        return torch.sigmoid(self.fc2(self.act_fn(self.fc1(hidden_states)))).unflatten(-1, (-1, 3))
+    def forward(self, hidden_states, hidden=None):
+        """`[B, T, hidden_size]` to `[B, T, HQ, 3]`; `hidden` is `fc1(hidden_states)` where that is known."""
+        hidden = self.fc1(hidden_states) if hidden is None else hidden
+        return torch.sigmoid(self.fc2(self.act_fn(hidden))).unflatten(-1, (-1, 3))
 
 
 class NSAGateScale(nn.Module):
@@ -174,6 +184,8 @@ class NSAGateScale(nn.Module):
 
 class NSADenseAttention(nn.Module):
     """Full or sliding causal attention through `attn_implementation`; in sparse layers, the selection's projections."""
+
+    fused = False
 
     def __init__(self, config: NSAConfig, layer_idx: int):
         super().__init__()
@@ -210,9 +222,55 @@ class NSADenseAttention(nn.Module):
     def _head_norm(self, config):
         return make_norm(config, self.head_dim) if config.use_qk_norm else nn.Identity()
 
+    def fuse(self) -> bool:
+        """Lay the weights of the projections into one tensor, see `NSAPreTrainedModel.fuse_projections`.
+
+        Returns:
+            Whether that can be done.
+        """
+        done = fuse_linears(self._linears())
+        self.fused |= done
+        return done
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.fused:  # every parameter may have a tensor of its own now
+            self.fuse()
+        return self
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if self.fused:  # a deep copy gives every parameter a tensor of its own
+            self.fuse()
+
+    def _projections(self) -> dict[str, nn.Module]:
+        """What makes queries, keys and values of the layer's input."""
+        return {"q_proj": self.q_proj, "k_proj": self.k_proj, "v_proj": self.v_proj}
+
+    def _linears(self) -> dict[str, nn.Module]:
+        """All that can be one product."""
+        return self._projections()
+
+    def _project(self, x) -> dict[str, torch.Tensor]:
+        """Projections of `[B, T, hidden_size]` by name, where the layer is fused those of `_linears`.
+
+        One product pays while reading weights takes longer than computing; of a prompt, a cache would hold all of it.
+        """
+        fused = None
+        if (
+            self.fused
+            and x.shape[1] <= MAX_DECODE_QUERIES
+            and not (torch.is_grad_enabled() or x.is_meta or torch.is_autocast_enabled(x.device.type))
+        ):
+            fused = fused_linear(x, self._linears())
+        return fused or {name: projection(x) for name, projection in self._projections().items()}
+
     def _heads(self, x, projection, norm=None):
         """`[B, T, hidden_size]` to `[B, T, heads, head dim]`."""
-        x = projection(x).unflatten(-1, (-1, self.v_head_dim if norm is None else self.head_dim))
+        return self._split_heads(projection(x), norm)
+
+    def _split_heads(self, x, norm=None):
+        x = x.unflatten(-1, (-1, self.v_head_dim if norm is None else self.head_dim))
         return x if norm is None else norm(x)
 
     def forward(
@@ -225,9 +283,10 @@ class NSADenseAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As transformers' attention layers; `layout` is for the sparse ones."""
-        query = self._heads(hidden_states, self.q_proj, self.q_norm).transpose(1, 2)
-        key = self._heads(hidden_states, self.k_proj, self.k_norm).transpose(1, 2)
-        value = self._heads(hidden_states, self.v_proj).transpose(1, 2)
+        projected = self._project(hidden_states)
+        query = self._split_heads(projected["q_proj"], self.q_norm).transpose(1, 2)
+        key = self._split_heads(projected["k_proj"], self.k_norm).transpose(1, 2)
+        value = self._split_heads(projected["v_proj"]).transpose(1, 2)
         if self.use_rope:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if layout is not None and layout.parallel is not None:
@@ -271,6 +330,19 @@ class NSAAttention(NSADenseAttention):
         self.compress_v = NSACompression(config, self.v_head_dim)
         self.gate = NSAGate(config)
         self.gate_scale = NSAGateScale(config) if config.gate_scale else None
+
+    def _projections(self):
+        projections = super()._projections()
+        if not self.config.shared_kv:
+            names = ("k_proj_cmp", "v_proj_cmp", "k_proj_win", "v_proj_win")
+            projections |= {name: getattr(self, name) for name in names}
+        return projections
+
+    def _linears(self):
+        linears = self._projections()
+        if type(self.gate) is NSAGate:  # not wrapped by an adapter
+            linears["gate.fc1"] = self.gate.fc1
+        return linears
 
     def _branch(self, x, branch):
         """Keys (before RoPE) and values of a branch other than selection."""
@@ -318,13 +390,16 @@ class NSAAttention(NSADenseAttention):
             hidden_states, *position_embeddings = (
                 _gather_tokens(x.expand(shape[0], -1, -1), layout.order) for x in (hidden_states, *position_embeddings)
             )
-        q = self._heads(hidden_states, self.q_proj, self.q_norm)
-        k, v = self._heads(hidden_states, self.k_proj, self.k_norm), self._heads(hidden_states, self.v_proj)
+        projected = self._project(hidden_states)
+        q = self._split_heads(projected["q_proj"], self.q_norm)
+        k, v = self._split_heads(projected["k_proj"], self.k_norm), self._split_heads(projected["v_proj"])
         new = {"k": k, "v": v}
         if not self.config.shared_kv:
             for branch in ("cmp", "win"):
-                new[f"k_{branch}"], new[f"v_{branch}"] = self._branch(hidden_states, branch)
-        gates = self.gate(hidden_states)
+                norm = getattr(self, f"k_norm_{branch}")
+                new[f"k_{branch}"] = self._split_heads(projected[f"k_proj_{branch}"], norm)
+                new[f"v_{branch}"] = self._split_heads(projected[f"v_proj_{branch}"])
+        gates = self.gate(hidden_states, projected.get("gate.fc1"))
         if self.gate_scale is not None:
             gates = NSAGateScale.scale(gates, self.gate_scale(hidden_states))
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny import make_checkpoint
 
-from nsa_conversion import sources
+from modeling_nsa import NSAForCausalLM
+from nsa_conversion import convert, sources
 from nsa_conversion.errors import NSAError
 from nsa_conversion.generate import generate, main
 
@@ -63,6 +64,22 @@ def test_command_prints_answer_and_speed(tmp_path, capsys, checkpoint):
     assert "tokens/s" in first.err
     assert main([*arguments, "--prompt-file", str(tmp_path / "prompt.txt")]) == 0
     assert capsys.readouterr().out == first.out
+
+
+def test_command_fuses_projections_where_it_can(monkeypatch, tmp_path, capsys, checkpoint):
+    convert(checkpoint, tmp_path / "nsa", progress=False)
+    fused, fuse = [], NSAForCausalLM.fuse_projections
+    arguments = [str(tmp_path / "nsa"), "--prompt", "Hello", "--max-new-tokens", "5", "--temperature", "0"]
+
+    def refuse(model):
+        raise ValueError
+
+    for replacement in (lambda model: fused.append(fuse(model)), refuse):
+        monkeypatch.setattr(NSAForCausalLM, "fuse_projections", replacement)
+        assert main([*arguments, "--device", "cpu"]) == 0
+    answers = capsys.readouterr().out.splitlines()
+    assert len(fused) == 1
+    assert answers[0] == answers[1]
 
 
 def test_sampling_is_repeatable_with_a_seed(capsys, checkpoint):

@@ -159,6 +159,55 @@ def test_other_shapes(compress_type):
     check(compress_type, 40, 9, sizes={"compress_block_size": 6, "compress_stride": 2}, batch=1, leftpad=[1])
 
 
+def fuse(q, new, order=None):
+    """The same values as slices of one tensor `[B, T, F]`, as one product leaves them."""
+    tensors = {"q": q, **new}
+    rows = [tensors[name].flatten(2) for name in order or tensors]
+    parts = torch.cat([*rows, rows[0]], dim=2).split([*(x.shape[2] for x in rows), rows[0].shape[2]], dim=2)
+    tensors |= {name: part.view(tensors[name].shape) for name, part in zip(order or tensors, parts)}
+    return tensors.pop("q"), tensors
+
+
+@every_type
+@pytest.mark.parametrize(
+    "past, T, rest, order",
+    [
+        (39, 1, {}, None),
+        (33, 5, {"leftpad": [0, 3], "dim": 24, "v_dim": 40, "heads": 3}, None),
+        (40, 2, {"shared": True}, None),
+        (38, 3, {"v_dim": 12, "batch": 1}, ["v", "v_cmp", "v_win"]),  # norms leave queries and keys contiguous
+        (38, 3, {}, ["q", "v"]),  # values unlike each other are copied
+    ],
+)
+def test_slices_of_one_tensor_are_read_where_they_lie(monkeypatch, compress_type, past, T, rest, order):
+    inputs, where = make_step(compress_type, past, T, **rest)
+    want = clone(inputs)
+    wanted = append.append_tokens(*want, **where)
+    inputs[0], inputs[1] = fuse(*inputs[:2], order)
+    copied, contiguous = [], torch.Tensor.contiguous
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x, *args: copied.append(x.dim()) or contiguous(x, *args))
+    q = append.append_tokens(*inputs, **where)
+    monkeypatch.undo()
+    assert copied.count(4) == (3 if order == ["q", "v"] else 0)
+    assert q.is_contiguous()
+    assert torch.equal(q, wanted)
+    for name, state in want[2].items():
+        if name in ("k_cmp", "v_cmp"):
+            state, inputs[2][name] = state[:, :, :-1], inputs[2][name][:, :, :-1]
+        torch.testing.assert_close(inputs[2][name], state, rtol=0, atol=0, equal_nan=True)
+
+
+def test_heads_that_do_not_lie_side_by_side_are_copied():
+    inputs, where = make_step("mean", 39, 2, heads=3)
+    want = clone(inputs)
+    wanted = append.append_tokens(*want, **where)
+    inputs[0] = inputs[0].transpose(1, 2).contiguous().transpose(1, 2)
+    inputs[1] = {name: x.repeat_interleave(2, dim=3)[..., ::2] for name, x in inputs[1].items()}
+    assert torch.equal(append.append_tokens(*inputs, **where), wanted)
+    for name in ("keys", "v_tail", "v_win"):
+        torch.testing.assert_close(inputs[2][name], want[2][name], rtol=0, atol=0, equal_nan=True)
+
+
 @every_type
 def test_step_by_step_as_at_once(compress_type):
     """Over more slots than the rings have, the same blocks as steps of another length give."""
@@ -188,11 +237,16 @@ def test_step_by_step_as_at_once(compress_type):
 
 
 @pytest.mark.parametrize(
-    "variant, padded",
-    [("separate", False), ("shared", False), *((name, True) for name in VARIANTS if "sliding" not in name)],
+    "variant, padded, fused",
+    [
+        ("separate", False, False),
+        ("shared", False, True),
+        ("separate", True, True),
+        *((name, True, name in ("mlp", "qwen3-like")) for name in VARIANTS if "sliding" not in name),
+    ],
 )
 @torch.no_grad()
-def test_a_model_with_a_static_cache(monkeypatch, variant, padded):
+def test_a_model_with_a_static_cache(monkeypatch, variant, padded, fused):
     """Steps of several lengths give what the whole text gives, and leave in the cache what PyTorch leaves there."""
     appended = []
     monkeypatch.setattr(
@@ -200,6 +254,7 @@ def test_a_model_with_a_static_cache(monkeypatch, variant, padded):
         lambda *args, backend, **where: appended.append(True) or append.append_tokens(*args, **where),
     )  # fmt: skip
     model = make_model(variant, nsa_backend="reference", v_head_dim=12).to(DEVICE)
+    model = model.fuse_projections() if fused else model
     ids = make_ids(2, 75).to(DEVICE)
     mask = torch.ones(2, 80, dtype=torch.bool, device=DEVICE)
     mask[1, :13], mask[:, 75:] = not padded, False
@@ -273,16 +328,19 @@ def test_compiles_for_hopper():
 import torch
 from nsa_kernels import append, decode
 append._overlaps = lambda device: True
-for B, T, HQ, H, D, DV, dtype, F, separate in (
-    (4, 1, 32, 8, 128, 128, torch.bfloat16, 256, True),
-    (1, 16, 32, 8, 128, 128, torch.bfloat16, 256, False),
-    (16, 1, 64, 4, 192, 80, torch.float16, 384, True),
-    (4, 2, 32, 8, 128, 128, torch.float32, 256, True),
+for B, T, HQ, H, D, DV, dtype, F, separate, fused in (
+    (4, 1, 32, 8, 128, 128, torch.bfloat16, 256, True, False),
+    (4, 1, 32, 8, 128, 128, torch.bfloat16, 256, True, True),
+    (1, 16, 32, 8, 128, 128, torch.bfloat16, 256, False, True),
+    (16, 1, 64, 4, 192, 80, torch.float16, 384, True, False),
+    (4, 2, 32, 8, 128, 128, torch.float32, 256, True, True),
 ):
     def empty(*shape):
         return torch.empty(*shape, dtype=dtype)
     for kind in ("mean", "mlp", "residual_mlp", "pool"):
-        pair = [empty(B, T, H, D), empty(B, T, H, DV)]
+        sizes = [HQ * D, H * D, H * DV]
+        whole = empty(B, T, sum(sizes)).split(sizes, 2) if fused else [empty(B, T, size) for size in sizes]
+        q, *pair = (x.unflatten(2, (-1, d)) for x, d in zip(whole, (D, D, DV)))
         new = dict(zip(append._NEW, 3 * pair if separate else pair))
         lengths = {"keys": 65536, "k_cmp": 4096, "k_tail": 47, "k_win": 527}
         cache = {name: empty(B, H, length, D) for name, length in lengths.items()}
@@ -296,13 +354,13 @@ for B, T, HQ, H, D, DV, dtype, F, separate in (
             for d in (D, DV)
         ]
         append.append_tokens(
-            empty(B, T, HQ, D), new, cache, *phi, slots=torch.arange(T), leftpad=torch.zeros(B, dtype=torch.long),
+            q, new, cache, *phi, slots=torch.arange(T), leftpad=torch.zeros(B, dtype=torch.long),
             embeddings=[empty(B, T, D)] * 2, block_embeddings=[empty(B, 1, D)] * 2, compress_type=kind,
             compress_block_size=32, compress_stride=16,
         )
 """)
     assert [launch["kernel"] for launch in launches[:2]] == ["_append_kernel", "_block_kernel"]
-    assert len(launches) == 4 * (2 + 3 * 3)
+    assert len(launches) == 5 * (2 + 3 * 3)
     for launch in launches:
         assert launch["spills"] == 0, launch
         assert launch["shared"] <= MAX_SHARED, launch

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -219,6 +220,9 @@ def main(argv: list[str]) -> int:
     )
     if tokenizer is None:
         raise NSAError(f"{Path(args.model)} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
+    if hasattr(model, "fuse_projections"):
+        with contextlib.suppress(ValueError):  # quantised projections stay as they are
+            model.fuse_projections()
     if args.seed is not None:
         set_seed(args.seed)
     if args.chat:

@@ -5,12 +5,13 @@
     python kernels/benchmarks/benchmark_generate.py --output kernels/benchmarks/results/generate.csv
 
 Models have random weights in the sizes of Llama-3-8B and SmolLM2-135M, sparse ones as conversion lays them out, with
-keys and values of each branch or shared; `--source` measures a checkpoint and its conversion. The prompt is random
-tokens. The prompt is filled in first, in chunks for sparse models and row by row for dense ones, with torch's
-FlashAttention-2 or cuDNN; then `generate` continues with a dynamic cache, a static one, and a static one compiled as
-transformers does by itself. Rows give the seconds of the prompt, and of a step the median and the 20 % and 80 %
-quantiles in milliseconds over the second half of the steps (the first half compiles), tokens per second, the peak
-memory, and how many graphs were compiled during the steps. `--kernels` prints what a step spends in each kernel.
+keys and values of each branch or shared, and with fused projections; `--source` measures a checkpoint and its
+conversion. The prompt is random tokens. The prompt is filled in first, in chunks for sparse models and row by row for
+dense ones, with torch's FlashAttention-2 or cuDNN; then `generate` continues with a dynamic cache, a static one, and a
+static one compiled as transformers does by itself. Rows give the seconds of the prompt, and of a step the median and
+the 20 % and 80 % quantiles in milliseconds over the second half of the steps (the first half compiles), tokens per
+second, the peak memory, and how many graphs were compiled during the steps. `--kernels` prints what a step spends in
+each kernel.
 """
 
 import gc
@@ -69,7 +70,8 @@ def build(name, sizes, device="cuda", dtype=torch.bfloat16):
         else:
             settings = {**SIZES, "gate_scale": True, "shared_kv": name != "nsa", **sizes}
             model = NSAForCausalLM(NSAConfig(**settings))
-    return model.to(dtype).eval()
+    model = model.to(dtype).eval()
+    return model if name == "dense" else model.fuse_projections()
 
 
 def load(name, source, device="cuda", dtype=torch.bfloat16):
@@ -82,7 +84,7 @@ def load(name, source, device="cuda", dtype=torch.bfloat16):
     with tempfile.TemporaryDirectory() as folder:
         dest = Path(folder) / "converted"
         convert(source, dest, shared_kv=name != "nsa", progress=False)
-        return load_model(str(dest), dtype=dtype, device=device)[0].eval()
+        return load_model(str(dest), dtype=dtype, device=device)[0].eval().fuse_projections()
 
 
 def synchronize():

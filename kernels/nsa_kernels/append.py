@@ -97,16 +97,17 @@ def _compute(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not q.numel():
         return out
-    q, k, v, k_phi, v_phi, k_new, v_new, slots, leftpad = (
-        None if x is None else x.contiguous() for x in (q, k, v, k_phi, v_phi, k_new, v_new, slots, leftpad)
-    )
+    (q,), steps_q = _rows(q)
+    (k, k_phi, k_new), steps_k = _rows(k, k_phi, k_new)
+    (v, v_phi, v_new), steps_v = _rows(v, v_phi, v_new)
+    slots, leftpad = slots.contiguous(), None if leftpad is None else leftpad.contiguous()
     separate, tail = k_phi is not None, v_tail.shape[2]
     pdl = _overlaps(q.device)
     tiles = {"HQ": HQ, "H": H, "TILE": min(_HEADS, next_power_of_2(HQ))}
     parts = cdiv(HQ, tiles["TILE"]) + (6 if separate else 2) * cdiv(H, tiles["TILE"])
     wide = {"D": D, "DV": DV, "BLOCK": next_power_of_2(D), "BLOCK_V": next_power_of_2(DV)}
     _append_kernel[(parts, T, B)](
-        q, k, v, k_phi, v_phi, k_new, v_new, *_rotation(cos, sin), slots, length,
+        q, k, v, k_phi, v_phi, k_new, v_new, *steps_q, *steps_k, *steps_v, *_rotation(cos, sin), slots, length,
         out, keys, values, k_tail, k_tail_rot, v_tail, k_win, v_win,
         T=T, capacity=keys.shape[2], tail=tail, window=k_win.shape[2] if separate else 0, **tiles, **wide,
         ROPE=cos is not None, SEPARATE=separate, PDL=pdl, num_warps=4, enable_fp_fusion=True,
@@ -165,6 +166,19 @@ _append = define(
 )
 
 
+def _rows(*tensors):
+    """Tensors `[B, T, heads, D]` or None whose heads lie side by side, and the strides of batch and token they share.
+
+    What projections made in one product is read where it lies; anything else is copied.
+    """
+    given = [x for x in tensors if x is not None]
+    steps = {tuple(x.stride(i) if x.shape[i] > 1 else 0 for i in (0, 1)) for x in given}
+    if len(steps) > 1 or any(x.stride(3) != 1 or (x.stride(2) != x.shape[3] and x.shape[2] > 1) for x in given):
+        tensors = [None if x is None else x.contiguous() for x in tensors]
+        steps = {tensors[0].stride()[:2]}
+    return tensors, steps.pop()
+
+
 def _rotation(*embeddings):
     """cos and sin `[B or 1, N, D]`, and the strides of both; None and 0 without RoPE."""
     if embeddings[0] is None:
@@ -220,8 +234,8 @@ def _rotated_heads(row_ptrs, x, mask, cos_ptr, sin_ptr, D: tl.constexpr, BLOCK: 
 
 @triton.jit(do_not_specialize=_VARYING)
 def _append_kernel(
-    q_ptr, k_ptr, v_ptr, k_phi_ptr, v_phi_ptr, k_new_ptr, v_new_ptr, cos_ptr, sin_ptr,
-    stride_cb, stride_ct, stride_sb, stride_st, slots_ptr, length_ptr,
+    q_ptr, k_ptr, v_ptr, k_phi_ptr, v_phi_ptr, k_new_ptr, v_new_ptr, stride_qb, stride_qt, stride_kb, stride_kt,
+    stride_vb, stride_vt, cos_ptr, sin_ptr, stride_cb, stride_ct, stride_sb, stride_st, slots_ptr, length_ptr,
     out_ptr, keys_ptr, values_ptr, k_tail_ptr, k_tail_rot_ptr, v_tail_ptr, k_win_ptr, v_win_ptr,
     T, capacity, tail, window,
     HQ: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
@@ -234,7 +248,7 @@ def _append_kernel(
     """
     if PDL:
         gdc_launch_dependents()
-    i_part, i_t, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_part, i_t, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     slot = tl.load(slots_ptr + i_t).to(tl.int32)
     if (i_part == 0) & (i_t == T - 1) & (i_b == 0):
         tl.store(length_ptr, slot + 1)
@@ -247,41 +261,43 @@ def _append_kernel(
     heads = tl.where(kind == 0, i_part, (i_part - Q_PARTS) % PARTS) * TILE + tl.arange(0, TILE)
     # nothing is written behind the end of the cache
     mask = heads < tl.where(kind == 0, HQ, tl.where(slot < capacity, H, 0))
-    token = i_b * T + i_t
-    row, head = token * H + heads, i_b * H + heads
+    # every branch's keys have the same strides, and every branch's values
+    row_k = i_b * stride_kb + i_t * stride_kt + heads * D
+    row_v = i_b * stride_vb + i_t * stride_vt + heads * DV
+    head = i_b * H + heads
     at, at_tail = head * capacity + slot, head * tail + slot % tail
     if kind == 0:
-        ptrs = q_ptr + (token * HQ + heads) * D
+        ptrs = q_ptr + i_b * stride_qb + i_t * stride_qt + heads * D
         x = _rotated_heads(ptrs, _load_heads(ptrs, mask, D, BLOCK), mask, cos_ptr, sin_ptr, D, BLOCK, ROPE)
-        _store_heads(out_ptr + (token * HQ + heads) * D, x, mask, D, BLOCK)
+        _store_heads(out_ptr + ((i_b * T + i_t) * HQ + heads) * D, x, mask, D, BLOCK)
     elif kind == 1:
-        ptrs = k_ptr + row * D
+        ptrs = k_ptr + row_k
         x = _load_heads(ptrs, mask, D, BLOCK)
         rotated = _rotated_heads(ptrs, x, mask, cos_ptr, sin_ptr, D, BLOCK, ROPE)
         _store_heads(keys_ptr + at * D, rotated, mask, D, BLOCK)
         if not SEPARATE:
             _store_tails(k_tail_ptr, k_tail_rot_ptr, at_tail, x, rotated, mask, D, BLOCK)
     elif kind == 2:
-        x = _load_heads(v_ptr + row * DV, mask, DV, BLOCK_V)
+        x = _load_heads(v_ptr + row_v, mask, DV, BLOCK_V)
         _store_heads(values_ptr + at * DV, x, mask, DV, BLOCK_V)
         if not SEPARATE:
             _store_heads(v_tail_ptr + at_tail * DV, x, mask, DV, BLOCK_V)
     if SEPARATE:
         at_window = head * window + slot % window
         if kind == 3:
-            ptrs = k_phi_ptr + row * D
+            ptrs = k_phi_ptr + row_k
             x = _load_heads(ptrs, mask, D, BLOCK)
             rotated = _rotated_heads(ptrs, x, mask, cos_ptr, sin_ptr, D, BLOCK, ROPE)
             _store_tails(k_tail_ptr, k_tail_rot_ptr, at_tail, x, rotated, mask, D, BLOCK)
         elif kind == 4:
-            x = _load_heads(v_phi_ptr + row * DV, mask, DV, BLOCK_V)
+            x = _load_heads(v_phi_ptr + row_v, mask, DV, BLOCK_V)
             _store_heads(v_tail_ptr + at_tail * DV, x, mask, DV, BLOCK_V)
         elif kind == 5:
-            ptrs = k_new_ptr + row * D
+            ptrs = k_new_ptr + row_k
             x = _rotated_heads(ptrs, _load_heads(ptrs, mask, D, BLOCK), mask, cos_ptr, sin_ptr, D, BLOCK, ROPE)
             _store_heads(k_win_ptr + at_window * D, x, mask, D, BLOCK)
         elif kind == 6:
-            x = _load_heads(v_new_ptr + row * DV, mask, DV, BLOCK_V)
+            x = _load_heads(v_new_ptr + row_v, mask, DV, BLOCK_V)
             _store_heads(v_win_ptr + at_window * DV, x, mask, DV, BLOCK_V)
 
 
