@@ -461,17 +461,17 @@ class NSAAttention(NSADenseAttention):
         return output, weights, block_indices, gates
 
     def _appends(self, layer, layout, q, new):
-        """Whether kernels put the tokens into the cache: few, into a static one that is begun, without gradients.
-
-        Only where they are asked for by name: they have not run on a GPU yet.
-        """
+        """Whether kernels put the tokens into the cache: few, into a static one that is begun, without gradients."""
         if layout.slots is None or not isinstance(layer, NSAStaticLayer) or not layer.is_initialized:
             return False
         tensors = (q, *new.values(), *self.compress_k.weights(), *self.compress_v.weights())
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return False
-        backend = self.config.nsa_backend
-        return backend != "auto" and resolve_backend(backend, q) == "triton"
+        # under autocast dtypes differ, and offloaded weights lie elsewhere
+        held = (x for name, x in layer.states().items() if name != "length")
+        if len({(x.dtype, x.device) for x in (*tensors, *held)}) > 1:
+            return False
+        return resolve_backend(self.config.nsa_backend, q) == "triton"
 
     def _append(self, layer, layout, q, new, position_embeddings):
         """Put new tokens and the blocks that they complete into a static cache layer; rotated q, then as `_update`."""

@@ -4,6 +4,7 @@
 
 import os
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -276,22 +277,24 @@ def test_a_model_with_a_static_cache(monkeypatch, variant, padded, fused):
 
 
 @torch.no_grad()
-def test_a_model_appends_with_kernels_only_where_they_are_asked_for(monkeypatch):
-    appended = []
-
-    def append_tokens(q, *args, **where):
-        appended.append(True)
-        return q
-
-    monkeypatch.setattr(attention_nsa, "append_tokens", append_tokens)
-    monkeypatch.setattr(attention_nsa, "resolve_backend", lambda *args: "triton")
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (lambda model: None, True),
+        (lambda model: model.model.layers[0].self_attn.compress_k.double(), False),  # as if under autocast
+        (lambda model: model.model.layers[0].self_attn.compress_v.to("meta"), False),  # as if offloaded
+    ],
+)
+def test_kernels_append_where_all_tensors_are_alike(monkeypatch, change, expected):
+    model = make_model(num_hidden_layers=1).to(DEVICE)
+    layer = model.model.layers[0].self_attn
+    cache = StaticCache(config=model.config, max_cache_len=32)
     ids = make_ids(1, 20).to(DEVICE)
-    for backend, expected in (("auto", False), ("reference", True)):  # what it resolves to is Triton, above
-        model = make_model(nsa_backend=backend).to(DEVICE)
-        cache = StaticCache(config=model.config, max_cache_len=32)
-        model(ids[:, :19], past_key_values=cache)
-        model(ids[:, 19:], past_key_values=cache)
-        assert bool(appended) == expected
+    model(ids[:, :19], past_key_values=cache)
+    monkeypatch.setattr(attention_nsa, "resolve_backend", lambda *args: "triton")
+    change(model)
+    q = torch.zeros(1, 1, 1, 8, device=DEVICE)
+    assert layer._appends(cache.layers[0], SimpleNamespace(slots=torch.tensor([19])), q, {}) == expected
 
 
 def test_refuses_by_name():
