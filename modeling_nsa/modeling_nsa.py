@@ -428,10 +428,12 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         )
         position_ids = model_inputs.get("position_ids")
         if position_ids is not None and attention_mask is not None and attention_mask.dim() == 2:
-            mask = attention_mask.bool()
-            right_padded = (mask[:, :-1] & ~mask[:, 1:]).any(dim=1, keepdim=True)
-            counted = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -position_ids.shape[1] :]
-            model_inputs["position_ids"] = torch.where(right_padded, counted, position_ids)
+            mask = attention_mask.long()
+            new = mask[:, -position_ids.shape[1] :]
+            real, left = mask.sum(dim=1, keepdim=True), mask.argmax(dim=1, keepdim=True)
+            # counting the new tokens alone: a step does not scan all that came before
+            counted = (real - new.sum(dim=1, keepdim=True) + new.cumsum(dim=1) - 1).clamp(min=0)
+            model_inputs["position_ids"] = torch.where(left + real < mask.shape[1], counted, position_ids)
         return model_inputs
 
     def init_continuous_batching(self, *args, **kwargs):
