@@ -10,8 +10,8 @@ conversion. The prompt is random tokens. The prompt is filled in first, in chunk
 dense ones, with torch's FlashAttention-2 or cuDNN; then `generate` continues with a dynamic cache, a static one, and a
 static one compiled as transformers does by itself. Rows give the seconds of the prompt, and of a step the median and
 the 20 % and 80 % quantiles in milliseconds over the second half of the steps (the first half compiles), tokens per
-second, the peak memory, and how many graphs were compiled during the steps. `--kernels` prints what a step spends in
-each kernel.
+second, the peak memory, and how many graphs were compiled during the steps. `--kernels` prints what a step, and a chunk
+of a sparse model's prompt, spends in each kernel.
 """
 
 import gc
@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 # a cache that grows leaves pieces behind that are too small for what it needs next
@@ -164,10 +165,10 @@ def decode(model, ids, cache, steps, compiled):
     }
 
 
-def print_kernels(model, ids, cache, compiled, steps=8, most=25):
-    """Print what a step spends in each kernel, the largest first; returns the tokens."""
+def print_kernels(run, steps, most=25):
+    """Print what each of the steps that `run` makes spends in each kernel, the largest first; what it returns."""
     spent, done = {}, []
-    for kernel in record_kernels(lambda: done.append(decode(model, ids, cache, steps, compiled)[0])):
+    for kernel in record_kernels(lambda: done.append(run())):
         entry = spent.setdefault(kernel["name"][:90], [0.0, 0])
         entry[0] += 1000 * (kernel["stop"] - kernel["start"]) / steps
         entry[1] += 1 / steps
@@ -186,13 +187,15 @@ def measure(add, model, name, batch, context, steps, chunk, modes, device="cuda"
     backends = DENSE if name == "dense" and device == "cuda" else {f"chunks of {chunk:,}": None}
     for label, backend in backends.items():
         cache = DynamicCache(config=model.config)
-        if name == "dense":
-            seconds = fill_by_rows(model, ids[:, :-1], cache, backend)
-        else:
-            seconds = fill(model, ids[:, :-1], cache, chunk, backend)
+        run = partial(fill_by_rows, backend=backend) if name == "dense" else partial(fill, chunk=chunk)
+        run(model, ids[:, : min(context, 2 * chunk)], DynamicCache(config=model.config))  # compiles kernels
+        seconds = run(model, ids[:, :-1], cache)
         add(f"prompt, {label}", {"prompt_s": round(seconds, 3), "tokens_per_s": round(batch * context / seconds)})
         if label != list(backends)[-1]:
             del cache
+    if kernels and name != "dense":
+        part = ids[:, : min(context, 4 * chunk)]
+        print_kernels(partial(fill, model, part, DynamicCache(config=model.config), chunk), part.shape[1] / chunk)
     for mode in modes:
         if mode != "dynamic" and not isinstance(cache, StaticCache):
             if name == "dense":  # a static cache would be filled with an explicit mask of all its keys
@@ -205,7 +208,7 @@ def measure(add, model, name, batch, context, steps, chunk, modes, device="cuda"
         ids, measured = decode(model, ids, cache, steps, compiled="compiled" in mode)
         add(mode, measured)
         if kernels:
-            ids = print_kernels(model, ids, cache, "compiled" in mode)
+            ids, _ = print_kernels(partial(decode, model, ids, cache, 8, "compiled" in mode), 8)
 
 
 def plot(rows, path):
