@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from tiny import SMALL_NSA, make_checkpoint
 from transformers import AutoModelForCausalLM
 
 from nsa_conversion import cli
+from nsa_conversion.card import model_card
 from nsa_conversion.data import builtin_text
 from nsa_conversion.errors import NSAError
 from nsa_conversion.recipe import Recipe, load_yaml, run_recipe
@@ -112,9 +114,11 @@ def test_two_processes_convert_once_and_train_together(dense, tmp_path):
 
 
 def test_a_recipe_scales_rope_first(dense, tmp_path):
+    dense, text = shutil.copytree(dense, tmp_path / "source"), dense.parent / "text.txt"
+    (dense / "README.md").write_text("---\nlicense: mit\nbase_model: owner/dense\n---\n", encoding="utf-8")
     stage = {"name": "adapted", "stage": "adapt", "teacher": "source", "max_steps": 1, "save_strategy": "no"}
     recipe = Recipe({**RECIPE, "yarn_factor": 2, "stages": [stage]})
-    out = run_recipe(dense, tmp_path / "out", recipe, train_file=[str(dense.parent / "text.txt")])
+    out = run_recipe(dense, tmp_path / "out", recipe, train_file=[str(text)])
     source = AutoModelForCausalLM.from_pretrained(dense)
     scaled, adapted = (AutoModelForCausalLM.from_pretrained(tmp_path / "out" / name) for name in ("scaled", out.name))
     length = source.config.max_position_embeddings
@@ -126,6 +130,8 @@ def test_a_recipe_scales_rope_first(dense, tmp_path):
         assert torch.equal(weight, scaled.state_dict()[name])
     record = json.loads((out / "nsa_finetune.json").read_text())
     assert record["arguments"]["stage"]["teacher"] == str(tmp_path / "out" / "scaled")
+    card = model_card(out)
+    assert (card.data.base_model, card.data.license) == ("owner/dense", "mit")
     ids = torch.arange(3, 200)[None] % source.config.vocab_size
     assert not torch.allclose(scaled(ids).logits, source(ids).logits, atol=1e-3)
     with pytest.raises(NSAError, match="is scaled already"):
@@ -139,6 +145,7 @@ def test_the_dense_yardstick_is_trained_like_the_sparse_model():
     sparse, dense = (Recipe.read(SCRIPTS / "recipes" / f"{name}.yaml") for name in ("smollm2", "smollm2_dense"))
     ((_, adapted),), ((_, trained),) = sparse.stages.items(), dense.stages.items()
     assert dense.convert is None
+    assert dense.yarn_factor == sparse.yarn_factor
     of_sparse_layers = {"selector_weight": 0, "new_parameter_lr": None, "selector_queries": None}
     assert {**adapted, **of_sparse_layers} == {**dict.fromkeys(of_sparse_layers), **trained}
 

@@ -95,8 +95,9 @@ class _Records:
             names.append(self.adapter.get("base_model_name_or_path"))
         if self.training:
             names.append(self.training["arguments"]["model"]["model"])
-        if self.conversion and self.conversion["source"]["revision"]:  # only the hub has commits
-            names.append(self.conversion["source"]["name"])
+        if self.conversion:
+            source = self.conversion["source"]
+            names.append(source["name"] if source["revision"] else source.get("base_model"))  # only the hub has commits
         return next((found for name in names if name and (found := _hub_id(name))), None)
 
 

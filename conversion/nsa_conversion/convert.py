@@ -535,6 +535,7 @@ def _provenance(prepared, seed, writer):
             "model_type": source.config.model_type,
             "revision": source.revision,
             "license": source.license,
+            "base_model": source.base_model,
             "sha256": source.sha256(),
             "keys_left_out": sorted(prepared.ignored),
         },

@@ -69,7 +69,7 @@ def scale_rope(source: str | Path, dest: str | Path, factor: float, *, trust_rem
         if tokenizer is not None:
             tokenizer.model_max_length = max(tokenizer.model_max_length, config.max_position_embeddings)
             tokenizer.save_pretrained(partial)
-        about = ModelCardData(license=found.license, base_model=found.name if found.revision else None)
+        about = ModelCardData(license=found.license, base_model=found.name if found.revision else found.base_model)
         text = f"RoPE scaled by YaRN, factor {factor:g}, from {length:,} positions; the weights are as they were."
         (partial / "README.md").write_text(f"---\n{about.to_yaml()}\n---\n\n{text}\n", encoding="utf-8")
         if dest.is_dir():

@@ -100,6 +100,7 @@ class Source:
         revision (str | None): commit of a hub download.
         trust_remote_code (bool): the user allows the source's own code for tokenizer and dense model.
         license (str | None): as its model card or the GGUF file names it, e.g. `"apache-2.0"`.
+        base_model (str | None): hub id that the model card of a local checkpoint names as what it was made from.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Source:
     revision: str | None = None
     trust_remote_code: bool = False
     license: str | None = None
+    base_model: str | None = None
     gguf_tensors: tuple[str, ...] = field(default=(), repr=False)
 
     @property
@@ -191,6 +193,7 @@ def resolve(source, *, revision=None, allow_pickle=False, trust_remote_code=Fals
     if accept is not None:
         accept(config)
     kind, files, index = _weight_files(name, directory, fetch, allow_pickle, weights)
+    card = _card(directory)
     return Source(
         name=name,
         directory=directory,
@@ -200,23 +203,24 @@ def resolve(source, *, revision=None, allow_pickle=False, trust_remote_code=Fals
         index=index,
         revision=fetch.commit(directory) if fetch else None,
         trust_remote_code=trust_remote_code,
-        license=_card_license(directory),
+        license=card.get("license"),
+        base_model=None if fetch else card.get("base_model"),
     )
 
 
-def _card_license(directory):
-    """The licence that the metadata of a model card names, or None."""
+def _card(directory):
+    """Those metadata of a model card that are one string."""
     from huggingface_hub import ModelCard
     from yaml import YAMLError
 
     path = directory / "README.md"
     if not path.is_file():
-        return None
+        return {}
     try:
         card = ModelCard.load(path, ignore_metadata_errors=True)
-    except (ValueError, YAMLError):  # a card that cannot be parsed names no licence
-        return None
-    return card.data.license if isinstance(card.data.license, str) else None
+    except (ValueError, YAMLError):  # a card that cannot be parsed says nothing
+        return {}
+    return {name: value for name, value in card.data.to_dict().items() if isinstance(value, str)}
 
 
 class _Hub:
