@@ -3,7 +3,7 @@
 """Several recipes at small budgets in one command: convert, train, evaluate, and write results as they come.
 
 `python conversion/run_experiments.py OUTPUT --data DIR` takes DIR from `build_corpus.py` (train.jsonl,
-heldout-prose.jsonl, heldout-code.jsonl; or its unpacked bundle) and the experiments from a YAML file: a mapping from
+heldout-*.jsonl for prose, code and chat; or its unpacked bundle) and the experiments from a YAML file: a mapping from
 names to recipes of `nsa finetune --recipe`, with `common: …` for what all share. The dense source is measured first;
 a recipe with `convert: null` trains it, for a yardstick. OUTPUT/results.json, results.csv and results.png grow after
 every step; a command that is stopped goes on where it was. An experiment starts only while there are minutes left, and
@@ -77,7 +77,8 @@ def run_experiments(
 
     Args:
         output: folder of the results, new or of an earlier call.
-        data: folder with train.jsonl, heldout-prose.jsonl and heldout-code.jsonl.
+        data: folder with train.jsonl, heldout-prose.jsonl, heldout-code.jsonl and, if chats are measured too,
+            heldout-chat.jsonl.
         recipes: by name; one without stages measures the conversion.
         source: the dense model; default SmolLM2-135M-Instruct.
         minutes: no experiment starts that would, at the pace of the earlier ones, end later than this.
@@ -93,7 +94,8 @@ def run_experiments(
     """
     start = time.monotonic()
     output, data, source = Path(output), Path(data), str(source or smollm2_gguf())
-    texts = {domain: read_files([data / f"heldout-{domain}.jsonl"]) for domain in ("prose", "code")}
+    domains = ["prose", "code", *(["chat"] if (data / "heldout-chat.jsonl").exists() else [])]
+    texts = {domain: read_files([data / f"heldout-{domain}.jsonl"]) for domain in domains}
     if not (data / "train.jsonl").is_file():
         raise NSAError(f"{data} has no train.jsonl; --data takes the folder that build_corpus.py wrote")
     unknown = sorted(set(keep) - set(recipes))
@@ -266,11 +268,11 @@ def _summary(rows: Sequence[Mapping[str, Any]], name: str) -> str:
 
 
 def _plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Loss above the source's at the last positions, a bar per experiment and text."""
+    """Loss above the source's at the last positions of the first text, a bar per experiment and text."""
     found = [row for row in rows if row["measure"].startswith("loss - dense ")]
     if not found:
         return
-    last = found[-1]["measure"]
+    last = [row["measure"] for row in found if row["text"] == found[0]["text"]][-1]
     series: dict[str, list[float]] = {}
     for row in found:
         if row["measure"] == last:
@@ -293,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--minutes", type=float, default=9.0, help="start nothing that would end later (default: %(default)s)")
     add("--keep", metavar="NAME", nargs="+", default=[], help="experiments whose models are kept")
     add("--length", type=int, default=8192, help="tokens of a held-out text (default: %(default)s)")
-    add("--documents", type=int, default=16, help="held-out texts of prose and of code (default: %(default)s)")
+    add("--documents", type=int, default=16, help="held-out texts of each kind (default: %(default)s)")
     add("--tasks", nargs="*", default=["needle"], help="retrieval tasks (default: needle; none: leave them out)")
     add("--trials", type=int, default=10, help="prompts per depth (default: %(default)s)")
     add("--no-diagnosis", action="store_true", help="leave out the diagnosis of the selection")
