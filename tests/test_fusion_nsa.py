@@ -56,8 +56,6 @@ def products(monkeypatch):
 @pytest.mark.parametrize("v_head_dim", [None, 12])
 @pytest.mark.parametrize("static", [False, True])
 def test_fused_equals_separate(products, variant, v_head_dim, static):
-    if v_head_dim is not None and "gemma3" in variant:
-        pytest.skip("as in the other variants")
     model, ids = make_model(variant, v_head_dim=v_head_dim), make_ids(2, 50)
     separate = copy.deepcopy(model)
     names, size = list(model.state_dict()), storage_bytes(model)
