@@ -95,8 +95,8 @@ class NSAConfig(PreTrainedConfig):
         gate_scale (`bool`, defaults to `False`):
             Multiply the gates by a learned scale per key/value head and branch, as converted models do.
         nsa_backend (`str`, defaults to `"auto"`):
-            Implementation of the sparse layers: `"auto"`, `"triton"` or `"reference"`. `"triton"` uses kernels for what
-            a decoding step writes into a static cache, too. `attn_implementation` governs the full and sliding layers.
+            Implementation of the sparse layers: `"auto"`, `"triton"` or `"reference"`. `attn_implementation` governs
+            the full and sliding layers.
         save_remote_code (`bool`, defaults to `True`):
             Let `save_pretrained` and `push_to_hub` put the model's code beside the weights, so that
             `trust_remote_code=True` loads it where this package is not installed.
