@@ -164,11 +164,16 @@ def capture(functions):
     return graph, last
 
 
-def time_graph(functions, milliseconds):
-    """Milliseconds of one of the functions inside a graph of all; exit if the graph computes something else."""
+def time_graph(functions, milliseconds, off=0.0):
+    """Milliseconds of one of the functions inside a graph of all; exit if the graph computes something else.
+
+    Args:
+        off: Relative difference that is allowed: cuDNN sums up in another order from call to call.
+    """
     graph, last = capture(functions)
     graph.replay()
-    if not torch.equal(last, functions[-1]()):
+    want = functions[-1]().float()
+    if (last.float() - want).norm() > off * want.norm():
         raise SystemExit("A replayed CUDA graph does not give what its calls give: not timed.")
     times = measure(graph.replay, milliseconds)
     return {name: round(value / len(functions), 5) for name, value in times.items() if name != "peak_gib"}
@@ -222,7 +227,7 @@ def measure_point(results, about, dtype, rate, milliseconds, most):
         except RuntimeError as error:
             print(f"{shape} batch {batch} {context:,} tokens: {name} is left out: {str(error)[:200]}", flush=True)
             continue
-        add(name, "dense", time_graph(calls, milliseconds))
+        add(name, "dense", time_graph(calls, milliseconds, off=0.01))
 
 
 def plot(rows, path):

@@ -6,12 +6,13 @@
 
 Models have random weights in the sizes of Llama-3-8B and SmolLM2-135M, sparse ones as conversion lays them out, with
 keys and values of each branch or shared, and with fused projections; `--source` measures a checkpoint and its
-conversion. The prompt is random tokens. The prompt is filled in first, in chunks for sparse models and row by row for
-dense ones, with torch's FlashAttention-2 or cuDNN; then `generate` continues with a dynamic cache, a static one, and a
-static one compiled as transformers does by itself. Rows give the seconds of the prompt, and of a step the median and
-the 20 % and 80 % quantiles in milliseconds over the second half of the steps (the first half compiles), tokens per
-second, the peak memory, and how many graphs were compiled during the steps. `--kernels` prints what a step, and a chunk
-of a sparse model's prompt, spends in each kernel.
+conversion. Prompts are "random" tokens or "runs" as in benchmark_training.py: in both, queries share fewer blocks with
+their neighbours than on real text. The prompt is filled in first, in chunks for sparse models and row by row for dense
+ones, with torch's FlashAttention-2 or cuDNN; then `generate` continues with a dynamic cache, a static one, and a static
+one compiled as transformers does by itself. Rows give the seconds of the prompt, and of a step the median and the 20 %
+and 80 % quantiles in milliseconds over the second half of the steps (the first half compiles), tokens per second, the
+peak memory, and how many graphs were compiled during the steps. `--kernels` prints what a step, and a chunk of a sparse
+model's prompt, spends in each kernel.
 """
 
 import gc
@@ -29,6 +30,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 from benchmark_attention import DENSE
 from benchmark_parts import record_kernels
+from benchmark_training import TEXTS, make_text
 from common import COLORS, SIZES, Results, machine, make_parser, new_figure, numbers, require_cuda, save_figure
 from torch.nn.attention import sdpa_kernel
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, StoppingCriteria
@@ -179,10 +181,9 @@ def print_kernels(run, steps, most=25):
     return done[0]
 
 
-def measure(add, model, name, batch, context, steps, chunk, modes, device="cuda", kernels=False):
+def measure(add, model, name, batch, context, steps, chunk, modes, text="runs", device="cuda", kernels=False):
     """Measure one model: `add` takes a mode and its measurements, first those of the prompt."""
-    torch.manual_seed(1)
-    ids = torch.randint(3, model.config.vocab_size, (batch, context + 1), device=device)
+    ids = torch.cat([make_text(text, context + 1, model.config.vocab_size, device, seed) for seed in range(batch)])
     room = context + (len(MODES) + 1) * steps + 64
     backends = DENSE if name == "dense" and device == "cuda" else {f"chunks of {chunk:,}": None}
     for label, backend in backends.items():
@@ -243,6 +244,7 @@ def parse(arguments=None):
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--contexts", nargs="+", type=int, default=[8192, 65536], help="tokens of the prompt")
+    parser.add_argument("--text", choices=TEXTS, default="runs", help="kind of prompts, see benchmark_training.py")
     parser.add_argument("--steps", type=int, default=64, help="tokens to generate in each mode")
     parser.add_argument("--chunk", type=int, default=8192, help="tokens of a sparse model's prompt taken at once")
     parser.add_argument("--kernels", action="store_true", help="print what a step spends in each kernel")
@@ -258,14 +260,15 @@ def main():
             model = load(name, args.source) if args.source else build(name, MODELS[model_name])
             for batch in args.batches:
                 for context in args.contexts:
-                    about = {"model": model_name, "implementation": name, "batch": batch, "tokens": context}
+                    about = {"model": model_name, "implementation": name, "batch": batch, "text": args.text}
+                    about["tokens"] = context
 
                     def add(mode, measured, about=about):
                         results.add(**about, mode=mode, **measured)
                         print(*about.values(), mode, measured, flush=True)
 
                     try:
-                        about_steps = (args.steps, args.chunk, args.modes)
+                        about_steps = (args.steps, args.chunk, args.modes, args.text)
                         measure(add, model, name, batch, context, *about_steps, kernels=args.kernels)
                     except torch.OutOfMemoryError:
                         print(*about.values(), "out of memory, the rest is left out", flush=True)

@@ -73,9 +73,9 @@ def build(name, sizes, device="cuda", dtype=torch.bfloat16):
     return model
 
 
-def make_text(kind, tokens, vocab_size, device="cuda"):
+def make_text(kind, tokens, vocab_size, device="cuda", seed=0):
     """Token ids `[1, tokens]`."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
     ids = torch.randint(vocab_size, (tokens,), device=device, generator=generator)
     if kind == "runs":
         new = torch.rand(tokens, device=device, generator=generator) < 0.1
