@@ -108,8 +108,8 @@ def _compute(
     parts = cdiv(HQ, tiles["TILE"]) + (6 if separate else 2) * cdiv(H, tiles["TILE"])
     wide = {"D": D, "DV": DV, "BLOCK": next_power_of_2(D), "BLOCK_V": next_power_of_2(DV)}
     _append_kernel[(parts, T, B)](
-        q, k, v, k_phi, v_phi, k_new, v_new, *steps_q, *steps_k, *steps_v, *describe_embeddings(cos, sin), slots, length,
-        out, keys, values, k_tail, k_tail_rot, v_tail, k_win, v_win,
+        q, k, v, k_phi, v_phi, k_new, v_new, *steps_q, *steps_k, *steps_v, *describe_embeddings(cos, sin), slots,
+        length, out, keys, values, k_tail, k_tail_rot, v_tail, k_win, v_win,
         T=T, capacity=keys.shape[2], tail=tail, window=k_win.shape[2] if separate else 0, **tiles, **wide,
         ROPE=cos is not None, SEPARATE=separate, PDL=pdl, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -147,9 +147,9 @@ def _compute(
         (b1_k, w2_k, b2_k), (b1_v, w2_v, b2_v) = phi_k[2:], phi_v[2:]
     block_n = min(32, max(16, next_power_of_2(max(D, DV))))
     _block_kernel[(cdiv(max(D, DV), block_n), cdiv(rows, 16), 2)](
-        k_tail_rot, v_tail, hidden, b1_k, w2_k, b2_k, b1_v, w2_v, b2_v, *describe_embeddings(block_cos, block_sin), k_cmp, v_cmp,
-        WIDTH=width, **where, **dims, SPLITS=splits, TYPE=compress_type, ROPE=block_cos is not None, BLOCK_M=16,
-        BLOCK_N=block_n, BLOCK_K=16 if fp32 else 32, CHUNK=4, PRECISION=precision(q.dtype),
+        k_tail_rot, v_tail, hidden, b1_k, w2_k, b2_k, b1_v, w2_v, b2_v, *describe_embeddings(block_cos, block_sin),
+        k_cmp, v_cmp, WIDTH=width, **where, **dims, SPLITS=splits, TYPE=compress_type, ROPE=block_cos is not None,
+        BLOCK_M=16, BLOCK_N=block_n, BLOCK_K=16 if fp32 else 32, CHUNK=4, PRECISION=precision(q.dtype),
         num_warps=8 if fp32 else 4, maxnreg=_REGISTERS, **chained,
     )  # fmt: skip
     return out

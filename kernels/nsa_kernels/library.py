@@ -83,7 +83,7 @@ def define_attention(name, tensors, sizes, outputs, compute, compute_backward, f
 
     given = [f"Tensor {x}" for x in names]
     saved = (*(f"Tensor? d{x}" for x in results[:graded]), *given, *(f"Tensor {x}" for x in results[kept]))
-    compute_gradient = define(
+    gradient = define(
         schema(f"{name}_backward", saved, learned),
         lambda *args: compute_backward(*args[:-3], Layout(args[graded], *args[-3:])),
         lambda *args: like(*args[graded : graded + learned]),
@@ -98,7 +98,7 @@ def define_attention(name, tensors, sizes, outputs, compute, compute_backward, f
 
     def backward(ctx, *grads):
         *saved, leftpad, cu_seqlens = ctx.saved_tensors
-        grads = compute_gradient(*grads[:graded], *saved, *ctx.sizes, leftpad, ctx.q_offset, cu_seqlens)
+        grads = gradient(*grads[:graded], *saved, *ctx.sizes, leftpad, ctx.q_offset, cu_seqlens)
         return *grads, *(None for _ in range(len(names) - learned + constants + 3))
 
     return define(
