@@ -6,6 +6,7 @@ Shapes: B batch, T new tokens, TK tokens seen, HQ query heads, H key/value heads
 l compress_block_size. Inside a sparse layer tensors are `[B, T, H, D]`; cache layers hold `[B, H, T, D]`.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -22,7 +23,6 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     apply_rotary_pos_emb,
     eager_attention_forward,
-    rotate_half,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -35,6 +35,7 @@ from nsa_kernels import (
     compress_pool,
     nsa_attention,
     resolve_backend,
+    rotate,
 )
 
 from .cache_nsa import NSACacheInput, NSAStaticLayer
@@ -64,14 +65,9 @@ def split_ropes(embeddings, head_dim: int) -> list[tuple[torch.Tensor, torch.Ten
     return list(zip(*(x.split(head_dim, dim=-1) for x in embeddings)))
 
 
-def _rotate(x, cos, sin):
-    """RoPE on `[B, T, H, D]` with cos, sin `[B or 1, T, D]`."""
-    return x * cos.unsqueeze(-2) + rotate_half(x) * sin.unsqueeze(-2)
-
-
-def _unrotate(x, cos, sin):
-    """Inverse of `_rotate`; cos and sin may carry a common factor, the attention scaling of YaRN and kin."""
-    return _rotate(x, cos, -sin) / (cos.square() + sin.square()).unsqueeze(-2)
+def _unrotate(x, cos, sin, backend):
+    """Inverse of `rotate`; cos and sin may carry a common factor, the attention scaling of YaRN and kin."""
+    return rotate(x, cos, -sin, backend=backend) / (cos.square() + sin.square()).unsqueeze(-2)
 
 
 class NSACompression(nn.Module):
@@ -124,16 +120,18 @@ class NSACompression(nn.Module):
             `[B, NC, H, D]` (packed: `[NC, H, D]`).
         """
         where = {"first_slot": first_slot, "num_blocks": num_blocks, "cu_seqlens": cu_seqlens, **self.sizes}
-        where["backend"] = self.config.nsa_backend
+        where["backend"] = backend = self.config.nsa_backend
         if self.compress_type == "mean":
             return compress_mean(x_rotated, **where)
         if self.compress_type == "pool":
             out = compress_pool(x, x_rotated, self.pos_bias, self.w1, self.b1, self.w2, **where)
-            change = F.linear(out if embeddings is None else _unrotate(out, *embeddings).to(out.dtype), self.linear)
-            return out + (change if embeddings is None else _rotate(change, *embeddings)).to(out.dtype)
+            if embeddings is None:
+                return out + F.linear(out, self.linear).to(out.dtype)
+            change = F.linear(_unrotate(out, *embeddings, backend).to(out.dtype), self.linear)
+            return out + rotate(change, *embeddings, backend=backend).to(out.dtype)
         out = compress_mlp(x, self.pos_embed, self.w1, self.b1, self.w2, self.b2, **where)
         if embeddings is not None:
-            out = _rotate(out, *embeddings)
+            out = rotate(out, *embeddings, backend=backend)
         return out if self.compress_type == "mlp" else compress_mean(x_rotated, **where) + out
 
 
@@ -407,14 +405,14 @@ class NSAAttention(NSADenseAttention):
         if self._appends(layer, layout, q, new):
             q, keys, values = self._append(layer, layout, q, new, position_embeddings)
         else:
-            rotate = self._rotation(position_embeddings)
-            q, k = rotate(q), rotate(new["k"])
+            turn = self._rotation(position_embeddings)
+            q, k = turn(q), turn(new["k"])
             if self.config.shared_kv:
                 tails, k_win, v_win = self._tails(new["k"], k, v), k, v
             else:
                 k_cmp = new["k_cmp"]
-                k_rotated = rotate(k_cmp) if self.config.compress_type != "mlp" else None
-                tails, k_win, v_win = self._tails(k_cmp, k_rotated, new["v_cmp"]), rotate(new["k_win"]), new["v_win"]
+                k_rotated = turn(k_cmp) if self.config.compress_type != "mlp" else None
+                tails, k_win, v_win = self._tails(k_cmp, k_rotated, new["v_cmp"]), turn(new["k_win"]), new["v_win"]
             if layout.parallel is not None:
                 output, block_indices = self._attend_in_parallel(layout.parallel, q, k, v, tails, k_win, v_win, gates)
                 return self.o_proj(output.flatten(2)), None, block_indices, gates
@@ -506,6 +504,7 @@ class NSAAttention(NSADenseAttention):
             embeddings = parallel.block_embeddings[slot]
             if blocks.whole and blocks.count:  # equal distances need no table of blocks
                 chunk_tails = {name: x[None] for name, x in chunk_tails.items()}
+                embeddings = [x[None] for x in embeddings]
                 pair = self._compress(chunk_tails, blocks.first_slot, blocks.count, embeddings)
                 compressed.append([x[0] for x in pair])
             else:
@@ -546,7 +545,10 @@ class NSAAttention(NSADenseAttention):
         return torch.cat(outputs)[None], torch.cat(choices)[None]
 
     def _rotation(self, position_embeddings):
-        return (lambda x: _rotate(x, *position_embeddings)) if self.use_rope else (lambda x: x)
+        if not self.use_rope:
+            return lambda x: x
+        cos, sin = position_embeddings
+        return functools.partial(rotate, cos=cos, sin=sin, backend=self.config.nsa_backend)
 
     def _update(self, past_key_values, layout, k, v, tails, k_win, v_win):
         """Hand everything to the cache layer in one call; tensors `[B, T, H, D]` in and out."""
@@ -566,7 +568,7 @@ class NSAAttention(NSADenseAttention):
             slots = torch.arange(first_slot, first_slot + keys.shape[2], device=keys.device)
             positions = layout.first_position + (slots if layout.leftpad is None else slots - layout.leftpad[:, None])
             embeddings = split_ropes(layout.embed(positions), self.head_dim)[self.rope_index]
-            return _unrotate(keys.transpose(1, 2), *embeddings).transpose(1, 2)
+            return _unrotate(keys.transpose(1, 2), *embeddings, self.config.nsa_backend).transpose(1, 2)
 
         separate = not self.config.shared_kv
         nsa = NSACacheInput(

@@ -83,6 +83,7 @@ def run(
             "window": nsa.window_attention(
                 q, k_win, v_win, window_size=sizes["window_size"], **where, backend=backend
             ),
+            "rotated": (nsa.rotate(q, *(noise(T, dim).to(dtype) for _ in range(2)), backend=backend), None),
         }  # fmt: skip
         for out, lse in ((o, None), *alone.values()):
             leaves = [x for x in inputs if x.numel()]

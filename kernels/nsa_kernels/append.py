@@ -16,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from .decode import _overlaps, _wait_for_the_kernel_before
 from .library import define
+from .rotary import add_turned, describe_embeddings
 from .triton_common import (
     cdiv,
     check_inputs,
@@ -107,8 +108,8 @@ def _compute(
     parts = cdiv(HQ, tiles["TILE"]) + (6 if separate else 2) * cdiv(H, tiles["TILE"])
     wide = {"D": D, "DV": DV, "BLOCK": next_power_of_2(D), "BLOCK_V": next_power_of_2(DV)}
     _append_kernel[(parts, T, B)](
-        q, k, v, k_phi, v_phi, k_new, v_new, *steps_q, *steps_k, *steps_v, *_rotation(cos, sin), slots, length,
-        out, keys, values, k_tail, k_tail_rot, v_tail, k_win, v_win,
+        q, k, v, k_phi, v_phi, k_new, v_new, *steps_q, *steps_k, *steps_v, *describe_embeddings(cos, sin), slots,
+        length, out, keys, values, k_tail, k_tail_rot, v_tail, k_win, v_win,
         T=T, capacity=keys.shape[2], tail=tail, window=k_win.shape[2] if separate else 0, **tiles, **wide,
         ROPE=cos is not None, SEPARATE=separate, PDL=pdl, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -146,9 +147,9 @@ def _compute(
         (b1_k, w2_k, b2_k), (b1_v, w2_v, b2_v) = phi_k[2:], phi_v[2:]
     block_n = min(32, max(16, next_power_of_2(max(D, DV))))
     _block_kernel[(cdiv(max(D, DV), block_n), cdiv(rows, 16), 2)](
-        k_tail_rot, v_tail, hidden, b1_k, w2_k, b2_k, b1_v, w2_v, b2_v, *_rotation(block_cos, block_sin), k_cmp, v_cmp,
-        WIDTH=width, **where, **dims, SPLITS=splits, TYPE=compress_type, ROPE=block_cos is not None, BLOCK_M=16,
-        BLOCK_N=block_n, BLOCK_K=16 if fp32 else 32, CHUNK=4, PRECISION=precision(q.dtype),
+        k_tail_rot, v_tail, hidden, b1_k, w2_k, b2_k, b1_v, w2_v, b2_v, *describe_embeddings(block_cos, block_sin),
+        k_cmp, v_cmp, WIDTH=width, **where, **dims, SPLITS=splits, TYPE=compress_type, ROPE=block_cos is not None,
+        BLOCK_M=16, BLOCK_N=block_n, BLOCK_K=16 if fp32 else 32, CHUNK=4, PRECISION=precision(q.dtype),
         num_warps=8 if fp32 else 4, maxnreg=_REGISTERS, **chained,
     )  # fmt: skip
     return out
@@ -179,15 +180,6 @@ def _rows(*tensors):
     return tensors, steps.pop()
 
 
-def _rotation(*embeddings):
-    """cos and sin `[B or 1, N, D]`, and the strides of both; None and 0 without RoPE."""
-    if embeddings[0] is None:
-        return None, None, 0, 0, 0, 0
-    embeddings = [x if x.stride(-1) == 1 else x.contiguous() for x in embeddings]
-    steps = ((x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)) for x in embeddings)
-    return *embeddings, *(step for pair in steps for step in pair)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,8 +195,7 @@ def _rounded(x, like):
 def _rotate(x, partner, cos, sin, offs_d, D: tl.constexpr):
     """RoPE of columns `offs_d` of x, in its dtype; `partner` holds columns `(offs_d + D // 2) % D`."""
     turned = tl.where(offs_d < D // 2, -partner.to(tl.float32), partner.to(tl.float32))
-    along = _rounded(x.to(tl.float32) * cos.to(tl.float32), x)
-    return (along + _rounded(turned * sin.to(tl.float32), x)).to(x.dtype)
+    return add_turned(x, turned, cos, sin, x.dtype)
 
 
 @triton.jit

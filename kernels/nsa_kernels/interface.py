@@ -20,7 +20,7 @@ import torch
 
 from . import reference
 from .availability import triton_error
-from .validation import MAX_DECODE_QUERIES, check_layout, check_sizes, check_tensors
+from .validation import MAX_DECODE_QUERIES, check_layout, check_sizes, check_tensors, rotation_error
 
 __all__ = [
     "BACKENDS",
@@ -33,6 +33,7 @@ __all__ = [
     "importance",
     "nsa_attention",
     "resolve_backend",
+    "rotate",
     "select_blocks",
     "selected_attention",
     "topn_blocks",
@@ -49,6 +50,7 @@ _TRITON_OPERATIONS = (
     "compress_pool",
     "compressed_attention",
     "nsa_attention",
+    "rotate",
     "select_blocks",
     "selected_attention",
     "window_attention",
@@ -115,6 +117,7 @@ def _public(name: str, check: Callable) -> Callable:
     """The operation `name` of the reference, with `backend` and input checks added."""
     specification = getattr(reference, name)
     signature = inspect.signature(specification)
+    first = next(iter(signature.parameters))
 
     @functools.wraps(specification)
     def operation(*args, backend: str = "auto", **kwargs):
@@ -125,7 +128,9 @@ def _public(name: str, check: Callable) -> Callable:
             decodes = name == "nsa_attention" and _decodes(*args, **kwargs)
             asked = ("return_weights",) if decodes else ("return_weights", "q_offset")
             choice = {name: kwargs[name] for name in asked if name in kwargs}
-            if resolve_backend(backend, args[0] if args else kwargs["q"], **choice) == "triton":
+            if name == "rotate" and backend == "auto" and rotation_error(*args, **kwargs) is not None:
+                return specification(*args, **kwargs)
+            if resolve_backend(backend, args[0] if args else kwargs[first], **choice) == "triton":
                 implementation = _triton("decode_attention" if decodes else name)
         elif backend not in BACKENDS:
             raise ValueError(f"`backend` must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
@@ -143,13 +148,14 @@ def _triton(name):
     from .compressed import compressed_attention
     from .compression import compress_mean, compress_mlp, compress_pool
     from .decode import decode_attention
+    from .rotary import rotate
     from .selected import selected_attention
     from .selection import select_blocks
     from .window import window_attention
 
     operations = (
         append_tokens, compress_mean, compress_mlp, compress_pool, compressed_attention, decode_attention,
-        nsa_attention, select_blocks, selected_attention, window_attention,
+        nsa_attention, rotate, select_blocks, selected_attention, window_attention,
     )  # fmt: skip
     return {operation.__name__: operation for operation in operations}[name]
 
@@ -199,6 +205,18 @@ def _check_sum(o_cmp, o_slc, o_win, **gates):
             raise ValueError(f"`{name}` must have shape {list(o_slc.shape[:-1])}, got {list(gate.shape)}.")
 
 
+def _check_rotate(x, cos, sin):
+    if x.dim() != 3:
+        check_layout("x", x, None)
+    *batch, T, _, D = x.shape
+    for name, each in (("cos", cos), ("sin", sin)):
+        if list(each.shape) not in ([*batch, T, D], [*(1 for _ in batch), T, D]):
+            raise ValueError(
+                f"`{name}` must have shape {[*batch, T, D]}, that of `x` without heads{', or 1 row' if batch else ''}, "
+                f"got {list(each.shape)}."
+            )
+
+
 def _check_append(q, new, cache, compress_block_size, compress_stride, **rest):
     check_sizes(
         compress_block_size=compress_block_size, compress_stride=compress_stride, select_block_size=compress_block_size
@@ -218,6 +236,7 @@ compress_mlp = _public("compress_mlp", _check_compress)
 compress_pool = _public("compress_pool", _check_compress)
 compressed_attention = _public("compressed_attention", _check_attention)
 importance = _public("importance", _check_attention)
+rotate = _public("rotate", _check_rotate)
 topn_blocks = _public("topn_blocks", _check_topn)
 select_blocks = _public("select_blocks", _check_attention)
 selected_attention = _public("selected_attention", _check_attention)

@@ -32,13 +32,14 @@ def _on_the_device_of_its_tensors(implementation):
     return run
 
 
-def define(schema, implementation, fake, *, any_strides=False):
+def define(schema, implementation, fake, *, gradient=None, any_strides=False):
     """Register an operation that works alike on every device.
 
     Args:
         schema: As `torch.library.Library.define` takes it.
         implementation: Computes it.
         fake: Allocates what it returns, without reading data.
+        gradient: `setup_context` and `backward`, as `torch.library.register_autograd` takes them.
         any_strides: Whether compiled code may change strides of inputs. Where it may not, it copies what it has not yet
             computed for every call: what all layers share, in each of them.
 
@@ -50,6 +51,9 @@ def define(schema, implementation, fake, *, any_strides=False):
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *strides))
     _LIBRARY.impl(name, _on_the_device_of_its_tensors(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    if gradient is not None:
+        setup_context, backward = gradient
+        torch.library.register_autograd(f"{_NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     return getattr(getattr(torch.ops, _NAMESPACE), name).default
 
 
@@ -78,9 +82,6 @@ def define_attention(name, tensors, sizes, outputs, compute, compute_backward, f
         return f"{name}({', '.join(arguments)}, {sizes}, {WHERE}) -> ({', '.join(['Tensor'] * returned)})"
 
     given = [f"Tensor {x}" for x in names]
-    operation = define(
-        schema(name, given, len(results)), lambda *args: compute(*args[:-3], Layout(args[0], *args[-3:])), fake
-    )
     saved = (*(f"Tensor? d{x}" for x in results[:graded]), *given, *(f"Tensor {x}" for x in results[kept]))
     gradient = define(
         schema(f"{name}_backward", saved, learned),
@@ -100,5 +101,9 @@ def define_attention(name, tensors, sizes, outputs, compute, compute_backward, f
         grads = gradient(*grads[:graded], *saved, *ctx.sizes, leftpad, ctx.q_offset, cu_seqlens)
         return *grads, *(None for _ in range(len(names) - learned + constants + 3))
 
-    torch.library.register_autograd(operation.name(), backward, setup_context=setup_context, lib=_LIBRARY)
-    return operation
+    return define(
+        schema(name, given, len(results)),
+        lambda *args: compute(*args[:-3], Layout(args[0], *args[-3:])),
+        fake,
+        gradient=(setup_context, backward),
+    )

@@ -41,6 +41,7 @@ __all__ = [
     "importance",
     "nsa_attention",
     "num_compressed_blocks",
+    "rotate",
     "select_blocks",
     "selected_attention",
     "topn_blocks",
@@ -577,6 +578,28 @@ def unroll(ring, stop) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Rotary position embedding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rotate(x, cos, sin) -> torch.Tensor:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864, eq. 34), with columns i and i + D / 2 as pairs.
+
+    `x * cos + (-x[D/2:], x[:D/2]) * sin`
+
+    Args:
+        x: `[B, T, H, D]`, packed `[T, H, D]`.
+        cos, sin: `[B or 1, T, D]`, packed `[T, D]`.
+
+    Returns:
+        Tensor of the shape of `x`, in the dtype that x, cos and sin are promoted to.
+    """
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Decoding with a static cache
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -675,12 +698,7 @@ def _compress(compress_type, x, x_rotated, parameters, embeddings, where):
 
 
 def _rotate(x, embeddings):
-    """RoPE on `[B, T, H, D]` with cos and sin `[B or 1, T, D]`."""
-    if embeddings is None:
-        return x
-    cos, sin = (each.unsqueeze(-2) for each in embeddings)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return x if embeddings is None else rotate(x, *embeddings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

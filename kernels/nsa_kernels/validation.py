@@ -4,7 +4,7 @@
 
 import torch
 
-__all__ = ["MAX_DECODE_QUERIES", "check_layout", "check_sizes", "check_tensors"]
+__all__ = ["MAX_DECODE_QUERIES", "check_layout", "check_sizes", "check_tensors", "rotation_error"]
 
 # New queries a row that the decode kernels take.
 MAX_DECODE_QUERIES = 16
@@ -109,3 +109,18 @@ def check_tensors(
             raise ValueError(
                 f"`{name}` must have shape {list(q.shape[:-1])}, one gate per query head, got {list(gate.shape)}."
             )
+
+
+def rotation_error(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
+    """Reason why the Triton kernel of `rotate` cannot take its arguments, or None if it can."""
+    kinds = (torch.bfloat16, torch.float16, torch.float32)
+    if x.dtype not in kinds or cos.dtype not in kinds or cos.dtype != sin.dtype:
+        return (
+            "`x`, `cos` and `sin` must be bfloat16, float16 or float32, `cos` and `sin` alike, for the Triton kernel, "
+            f"got {x.dtype}, {cos.dtype} and {sin.dtype}."
+        )
+    if x.shape[-1] % 2 or x.shape[-1] > 256:
+        return f"`x` must have an even head dim of at most 256 for the Triton kernel, got {x.shape[-1]}."
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        return "`cos` and `sin` must not require gradients for the Triton kernel, which computes that of `x` alone."
+    return None
