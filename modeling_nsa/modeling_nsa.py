@@ -41,6 +41,7 @@ from .attention_nsa import (
 )
 from .cache_nsa import prepare_cache
 from .configuration_nsa import NSA_LAYER_TYPE, NSAConfig
+from .graph_nsa import DecodeGraph, captures
 from .layout_nsa import NSALayout, build_layout, restarts
 from .liger_nsa import register_with_liger
 from .parallel_nsa import ContextShard, build_parallel_layout
@@ -426,6 +427,14 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         if (mask := model_kwargs.get("attention_mask")) is not None and mask.dim() == 2:
             return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
         return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
+    def get_compiled_call(self, compile_config):
+        """As in transformers; without a configuration of your own, steps of `generate` on a GPU become a CUDA graph."""
+        compiled = functools.partial(super().get_compiled_call, compile_config)
+        own = compile_config or getattr(self.generation_config, "compile_config", None)
+        if own is None and captures(self):
+            return DecodeGraph(self, otherwise=compiled)
+        return compiled()
 
     def init_continuous_batching(self, *args, **kwargs):
         """As in transformers, whose paged cache has full and sliding layers only: sparse layers are refused.
