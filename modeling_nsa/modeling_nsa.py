@@ -41,6 +41,7 @@ from .attention_nsa import (
 )
 from .cache_nsa import prepare_cache
 from .configuration_nsa import NSA_LAYER_TYPE, NSAConfig
+from .graph_nsa import DecodeGraph, captures
 from .layout_nsa import NSALayout, build_layout, restarts
 from .liger_nsa import register_with_liger
 from .parallel_nsa import ContextShard, build_parallel_layout
@@ -421,20 +422,19 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
             gates=outputs.gates,
         )
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
-        """As in transformers; rows padded on the right continue at the position after their last real token."""
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
-        )
-        position_ids = model_inputs.get("position_ids")
-        if position_ids is not None and attention_mask is not None and attention_mask.dim() == 2:
-            mask = attention_mask.long()
-            new = mask[:, -position_ids.shape[1] :]
-            real, left = mask.sum(dim=1, keepdim=True), mask.argmax(dim=1, keepdim=True)
-            # counting the new tokens alone: a step does not scan all that came before
-            counted = (real - new.sum(dim=1, keepdim=True) + new.cumsum(dim=1) - 1).clamp(min=0)
-            model_inputs["position_ids"] = torch.where(left + real < mask.shape[1], counted, position_ids)
-        return model_inputs
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """As in transformers; padding behind real tokens repeats the last position, from which `generate` counts on."""
+        if (mask := model_kwargs.get("attention_mask")) is not None and mask.dim() == 2:
+            return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
+    def get_compiled_call(self, compile_config):
+        """As in transformers; without a configuration of your own, steps of `generate` on a GPU become a CUDA graph."""
+        compiled = functools.partial(super().get_compiled_call, compile_config)
+        own = compile_config or getattr(self.generation_config, "compile_config", None)
+        if own is None and captures(self):
+            return DecodeGraph(self, otherwise=compiled)
+        return compiled()
 
     def init_continuous_batching(self, *args, **kwargs):
         """As in transformers, whose paged cache has full and sliding layers only: sparse layers are refused.
@@ -457,8 +457,10 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         masks = _dense_masks(config, inputs_embeds, attention_mask, position_ids, past_key_values)
         if NSA_LAYER_TYPE in config.layer_types:
             if attention_mask is not None:
-                spare = past_key_values.get_max_length() - attention_mask.shape[1]
-                attention_mask = nn.functional.pad(attention_mask.bool(), (0, max(0, spare)))
+                rows, width = attention_mask.shape
+                whole = attention_mask.new_zeros(rows, max(width, past_key_values.get_max_length()), dtype=torch.bool)
+                whole[:, :width] = attention_mask
+                attention_mask = whole
             masks[NSA_LAYER_TYPE] = attention_mask
         return masks
 

@@ -133,6 +133,23 @@ def test_right_padded_rows_continue_after_their_last_token(variant, cached):
     close(torch.cat(late[1:], 1), alone)
 
 
+@main_variants
+@pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"num_beams": 2}])
+def test_generate_counts_on_after_the_last_real_token_of_right_padded_rows(variant, settings):
+    model, ids = make_model(variant), make_ids(2, 20)
+    mask = torch.ones_like(ids)
+    mask[0, 13:] = mask[1, :6] = 0
+    taken = []
+
+    def note(module, args, kwargs):
+        taken.append(kwargs["position_ids"][:, -1])
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    greedy(model, ids, attention_mask=mask, **settings)
+    expected = torch.tensor([12, 13]).repeat_interleave(settings.get("num_beams", 1)) + torch.arange(16)[:, None]
+    assert torch.equal(torch.stack(taken), expected)
+
+
 @pytest.mark.parametrize("chunk", [None, 7])
 def test_padding_gives_the_same_logits_however_the_prompt_is_chunked(chunk):
     model, ids = make_model(), make_ids(2, 30)
