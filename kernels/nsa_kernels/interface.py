@@ -117,12 +117,16 @@ def _public(name: str, check: Callable) -> Callable:
     """The operation `name` of the reference, with `backend` and input checks added."""
     specification = getattr(reference, name)
     signature = inspect.signature(specification)
-    first = next(iter(signature.parameters))
+    first, *_ = names = tuple(signature.parameters)
 
     @functools.wraps(specification)
     def operation(*args, backend: str = "auto", **kwargs):
         if not torch.compiler.is_compiling():
-            check(**signature.bind(*args, **kwargs).arguments)
+            try:
+                check(**{**dict(zip(names, args)), **kwargs})
+            except TypeError:
+                signature.bind(*args, **kwargs)  # says what is missing or unknown, and takes many times longer
+                raise
         implementation = specification
         if name in _TRITON_OPERATIONS:
             decodes = name == "nsa_attention" and _decodes(*args, **kwargs)
@@ -141,8 +145,18 @@ def _public(name: str, check: Callable) -> Callable:
     return operation
 
 
+# The operations that have kernels, by name, once they are imported.
+_LOADED: dict[str, Callable] = {}
+
+
 def _triton(name):
-    # imported on first use: importing this package never imports triton
+    if not _LOADED:
+        _LOADED.update(_load())
+    return _LOADED[name]
+
+
+def _load():
+    # on first use: importing this package never imports triton
     from .append import append_tokens
     from .attention import nsa_attention
     from .compressed import compressed_attention
@@ -157,7 +171,7 @@ def _triton(name):
         append_tokens, compress_mean, compress_mlp, compress_pool, compressed_attention, decode_attention,
         nsa_attention, rotate, select_blocks, selected_attention, window_attention,
     )  # fmt: skip
-    return {operation.__name__: operation for operation in operations}[name]
+    return {operation.__name__: operation for operation in operations}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
