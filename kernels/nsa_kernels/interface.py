@@ -123,9 +123,9 @@ def _public(name: str, check: Callable) -> Callable:
     def operation(*args, backend: str = "auto", **kwargs):
         if not torch.compiler.is_compiling():
             try:
-                check(**{**dict(zip(names, args)), **kwargs})
+                check(**dict(zip(names, args)), **kwargs)
             except TypeError:
-                signature.bind(*args, **kwargs)  # says what is missing or unknown, and takes many times longer
+                signature.bind(*args, **kwargs)  # says what is missing or given twice, and takes many times longer
                 raise
         implementation = specification
         if name in _TRITON_OPERATIONS:
