@@ -113,8 +113,13 @@ def _decodes(q, k, *tensors, q_offset=0, cu_seqlens=None, **rest) -> bool:
     return past and not (torch.is_grad_enabled() and any(x.requires_grad for x in given))
 
 
-def _public(name: str, check: Callable) -> Callable:
-    """The operation `name` of the reference, with `backend` and input checks added."""
+def _public(name: str, check: Callable, refusal: Callable | None = None) -> Callable:
+    """The operation `name` of the reference, with `backend` and input checks added.
+
+    Args:
+        check: Raises for wrong arguments.
+        refusal: Reason why the kernels of this operation alone cannot take its arguments, or None if they can.
+    """
     specification = getattr(reference, name)
     signature = inspect.signature(specification)
     first, *_ = names = tuple(signature.parameters)
@@ -132,7 +137,7 @@ def _public(name: str, check: Callable) -> Callable:
             decodes = name == "nsa_attention" and _decodes(*args, **kwargs)
             asked = ("return_weights",) if decodes else ("return_weights", "q_offset")
             choice = {name: kwargs[name] for name in asked if name in kwargs}
-            if name == "rotate" and backend == "auto" and rotation_error(*args, **kwargs) is not None:
+            if backend == "auto" and refusal is not None and refusal(*args, **kwargs) is not None:
                 return specification(*args, **kwargs)
             if resolve_backend(backend, args[0] if args else kwargs[first], **choice) == "triton":
                 implementation = _triton("decode_attention" if decodes else name)
@@ -250,7 +255,7 @@ compress_mlp = _public("compress_mlp", _check_compress)
 compress_pool = _public("compress_pool", _check_compress)
 compressed_attention = _public("compressed_attention", _check_attention)
 importance = _public("importance", _check_attention)
-rotate = _public("rotate", _check_rotate)
+rotate = _public("rotate", _check_rotate, rotation_error)
 topn_blocks = _public("topn_blocks", _check_topn)
 select_blocks = _public("select_blocks", _check_attention)
 selected_attention = _public("selected_attention", _check_attention)

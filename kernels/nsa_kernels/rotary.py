@@ -2,6 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rotary position embedding, `reference.rotate`, in Triton: every element is read once and written once.
 
+PyTorch takes five kernels for it, which read and write every element several times. The embeddings themselves, cos and
+sin, are transformers'.
+
 Results are bitwise those of PyTorch: products, then their sum, are rounded to the dtype of the result, and no product
 is added without being rounded.
 """
