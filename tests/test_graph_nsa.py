@@ -92,6 +92,16 @@ def ragged(rows=3, tokens=20):
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def go_on(model, inputs):
+    """Continue a static cache in a second call, which must answer as one call does; a weak reference to the cache."""
+    cache = StaticCache(config=model.config, max_cache_len=80)
+    first = model.generate(**inputs, past_key_values=cache, **GREEDY)
+    longer = torch.nn.functional.pad(inputs["attention_mask"], (0, 16), value=1)
+    again = model.generate(first, attention_mask=longer, past_key_values=cache, **GREEDY)
+    assert torch.equal(again, model.generate(**inputs, **{**GREEDY, "max_new_tokens": 32}))
+    return weakref.ref(cache)
+
+
 @main_variants
 def test_a_replay_computes_what_the_model_does(monkeypatch, calls, variant):
     model, inputs = make_model(variant), ragged()
@@ -99,11 +109,7 @@ def test_a_replay_computes_what_the_model_does(monkeypatch, calls, variant):
     others = use_graphs(model, monkeypatch)
     assert torch.equal(model.generate(**inputs, **GREEDY, **STATIC), expected)
     assert (calls.captures, calls.steps, others) == (1, 15, [])
-    cache = StaticCache(config=model.config, max_cache_len=80)
-    first = model.generate(**inputs, past_key_values=cache, **GREEDY)
-    longer = torch.nn.functional.pad(inputs["attention_mask"], (0, 16), value=1)
-    again = model.generate(first, attention_mask=longer, past_key_values=cache, **GREEDY)
-    assert torch.equal(again, model.generate(**inputs, **{**GREEDY, "max_new_tokens": 32}))
+    go_on(model, inputs)
     assert calls.captures == 3
 
 
@@ -329,14 +335,8 @@ def test_changes_of_the_model_between_calls_are_seen(counted):
 @pytest.mark.gpu
 def test_a_cache_goes_on_and_is_freed(counted):
     model, inputs = make_model("hybrid", **SMALL).cuda(), on_gpu(ragged())
-    cache = StaticCache(config=model.config, max_cache_len=80)
-    first = model.generate(**inputs, past_key_values=cache, **GREEDY)
-    longer = torch.nn.functional.pad(inputs["attention_mask"], (0, 16), value=1)
-    again = model.generate(first, attention_mask=longer, past_key_values=cache, **GREEDY)
-    assert torch.equal(again, model.generate(**inputs, **{**GREEDY, "max_new_tokens": 32}))
+    reference = go_on(model, inputs)
     assert counted.captures == 2
-    reference = weakref.ref(cache)
-    del cache
     gc.collect()
     assert reference() is None
 
