@@ -6,13 +6,13 @@
 
 Models have random weights in the sizes of Llama-3-8B and SmolLM2-135M, sparse ones as conversion lays them out, with
 keys and values of each branch or shared, and with fused projections; `--source` measures a checkpoint and its
-conversion. Prompts are "random" tokens or "runs" as in benchmark_training.py: in both, queries share fewer blocks with
-their neighbours than on real text. The prompt is filled in first, in chunks for sparse models and row by row for dense
-ones, with torch's FlashAttention-2 or cuDNN; then `generate` continues with a dynamic cache, a static one, and a static
-one compiled as transformers does by itself. Rows give the seconds of the prompt, and of a step the median and the 20 %
-and 80 % quantiles in milliseconds over the second half of the steps (the first half compiles), tokens per second, the
-peak memory, and how many graphs were compiled during the steps. `--kernels` prints what a step, and a chunk of a sparse
-model's prompt, spends in each kernel.
+conversion. Prompts are "random" tokens or "runs", where a token often repeats the one before and neighbouring queries
+share more blocks, see benchmark_training.py. The prompt is filled in first, in chunks for sparse models and row by row
+for dense ones, with torch's FlashAttention-2 or cuDNN; then `generate` continues with a dynamic cache, a static one,
+and a static one compiled as `generate` does by itself. Rows give the seconds of the prompt, and of a step the median
+and the 20 % and 80 % quantiles in milliseconds over the second half of the steps (the first half compiles), tokens per
+second, the peak memory, and how many graphs were compiled during the steps. `--kernels` prints what a step, and a chunk
+of a sparse model's prompt, spends in each kernel.
 """
 
 import gc
@@ -260,8 +260,8 @@ def main():
             model = load(name, args.source) if args.source else build(name, MODELS[model_name])
             for batch in args.batches:
                 for context in args.contexts:
-                    about = {"model": model_name, "implementation": name, "batch": batch, "text": args.text}
-                    about["tokens"] = context
+                    about = {"model": model_name, "implementation": name, "text": args.text}
+                    about |= {"batch": batch, "tokens": context}
 
                     def add(mode, measured, about=about):
                         results.add(**about, mode=mode, **measured)
