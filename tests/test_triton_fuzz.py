@@ -203,6 +203,6 @@ def test_last_queries():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("groups, dim", [(2, 32), (16, 128)])
-def test_a_million_tokens(groups, dim):
+def test_a_million_tokens(groups, dim, half_a_gpu):
     """T = 1,048,576; 16 heads of 128 pass 2**31 elements, so that offsets need 64 bits."""
     check_last_queries(2**20, 8, groups, dim, PAPER, torch.bfloat16)
