@@ -1,6 +1,6 @@
 # Copyright 2026 The NSA for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Train the same steps in one process and in several, and compare the loss curves.
+r"""Train the same steps in one process and in several, and compare the loss curves.
 
     python examples/compare_loss_curves.py smollm2-nsa --config-file examples/accelerate/fsdp2.yaml --processes 2 \
         --output conversion/results/fsdp2_two_processes.json

@@ -166,6 +166,13 @@ class NSADecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
+_FORWARD_INTRO = """
+    With `output_block_indices=True` the output has `block_indices`, for every sparse layer the blocks that each query
+    read, int32 `[batch, tokens, key/value heads, n]`, padded with -1; with `output_gates=True`, `gates`,
+    `[batch, tokens, heads, 3]` (compressed, selected, window). `context_shard` is what `shard_inputs` returns.
+    """
+
+
 @auto_docstring
 class NSAPreTrainedModel(PreTrainedModel):
     config: NSAConfig
@@ -231,7 +238,7 @@ class NSAPreTrainedModel(PreTrainedModel):
         return self
 
 
-@auto_docstring
+@auto_docstring(custom_intro="The bare native sparse attention decoder, without a head.")
 class NSAModel(NSAPreTrainedModel):
     def __init__(self, config: NSAConfig):
         super().__init__(config)
@@ -251,7 +258,7 @@ class NSAModel(NSAPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    @auto_docstring
+    @auto_docstring(custom_intro=_FORWARD_INTRO)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -356,7 +363,7 @@ def _dense_masks(config, inputs_embeds, attention_mask, position_ids, past_key_v
     }
 
 
-@auto_docstring
+@auto_docstring(custom_intro="The native sparse attention decoder with a language modeling head.")
 class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -371,7 +378,7 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(custom_intro=_FORWARD_INTRO)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -466,14 +473,16 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
 
 
 class NSAForSequenceClassification(GenericForSequenceClassification, NSAPreTrainedModel):
-    pass
+    """The native sparse attention decoder with a head that classifies a sequence by its last token."""
 
 
 class NSAForTokenClassification(GenericForTokenClassification, NSAPreTrainedModel):
-    pass
+    """The native sparse attention decoder with a head that classifies every token."""
 
 
 class NSAForQuestionAnswering(GenericForQuestionAnswering, NSAPreTrainedModel):
+    """The native sparse attention decoder with a head for the start and end of an answer."""
+
     base_model_prefix = "transformer"
 
 

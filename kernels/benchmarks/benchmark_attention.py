@@ -6,8 +6,9 @@
 
 NSA is all of it: three branches, selection, gated sum, from q, k, v and compressed k, v to o. Two kinds of input:
 "random" (independent queries and keys: neighbours share few blocks, unlike any model) and "local" (drawn so that 2, 4,
-8, 16 neighbouring queries need about as many blocks together as in SmolLM2-135M on English text: 18, 20, 23, 25 of 16;
-the columns union_2 … union_16 say what they do need). A kernel that does not agree with the reference is not timed.
+8, 16 neighbouring queries need about as many blocks together as in SmolLM2-135M on English text: 18, 20, 23, 25, where
+one reads 16; the columns union_2 … union_16 say what they do need). A kernel that does not agree with the reference is
+not timed.
 Rows give the median and the 20 % and 80 % quantiles in milliseconds, and the peak memory of the pass. Beside the CSV
 file: time by length, and how many times faster than dense attention.
 
