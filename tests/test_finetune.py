@@ -147,6 +147,30 @@ def test_resume_continues_as_if_never_stopped(tmp_path, checkpoint, text_file):
     assert resumed == losses
 
 
+@pytest.mark.parametrize("rest", [("model.safetensors",), ("model.safetensors", "trainer_state.json"), ()])
+def test_a_kill_while_a_checkpoint_is_written_costs_no_more_than_it(tmp_path, checkpoint, text_file, rest):
+    output = tmp_path / "out"
+    settings = {**SHORT, **QUIET, "save_strategy": "steps", "save_steps": 1, "eval_slices": 0, "train_file": text_file}
+    finetune(checkpoint, output, **settings)
+    whole = shutil.copytree(output, tmp_path / "whole")
+    shutil.rmtree(output / "checkpoint-2")
+    for path in (output / "checkpoint-3").iterdir():
+        if path.name in rest:
+            path.write_bytes(path.read_bytes()[:-9])
+        else:
+            path.unlink()
+    with pytest.raises(NSAError, match="checkpoint-3 was not written to its end"):
+        finetune(checkpoint, output, **settings, resume_from_checkpoint=output / "checkpoint-3")
+    assert finetune(checkpoint, output, **settings, resume_from_checkpoint="true").steps == 3
+    assert states_equal(output, whole)
+    assert finetune_module.last_whole_checkpoint(output) == output / "checkpoint-3"
+    (output / "checkpoint-x").mkdir()
+    for name in ("checkpoint-1", "checkpoint-2", "checkpoint-3"):
+        (output / name / "trainer_state.json").unlink()
+    with pytest.raises(NSAError, match="there is no checkpoint in"):
+        finetune(checkpoint, output, **settings, resume_from_checkpoint="true")
+
+
 @pytest.mark.parametrize("source", ["nsa", "nsa_shared_mean", "dense"])
 def test_lora_merges_into_a_model_equal_to_the_adapter(tmp_path, checkpoint, text_file, source):
     from peft import PeftModel

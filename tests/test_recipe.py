@@ -70,6 +70,26 @@ def test_an_interrupted_recipe_goes_on_where_it_was(dense, tmp_path, monkeypatch
     assert "was run with other settings" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_recipe_killed_while_it_writes_a_checkpoint_goes_on(dense, tmp_path, monkeypatch, step):
+    recipe = Recipe({**RECIPE, "stages": RECIPE["stages"][:1]})
+    arguments = (dense, tmp_path / "out", recipe)
+    save = finetune_module._StageTrainer._save_optimizer_and_scheduler
+
+    def killed(trainer, *args, **kwargs):
+        if trainer.state.global_step == step:
+            raise KeyboardInterrupt
+        save(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune_module._StageTrainer, "_save_optimizer_and_scheduler", killed)
+        run_recipe(*arguments, train_file=[str(dense.parent / "text.txt")])
+    assert (tmp_path / "out" / "warm" / f"checkpoint-{step}").is_dir()
+    warm = run_recipe(*arguments, train_file=[str(dense.parent / "text.txt")])
+    history = json.loads((warm / "log_history.json").read_text())
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2]
+
+
 def test_a_recipe_says_what_is_wrong_with_it(dense, tmp_path, capsys):
     stage = {"name": "a", "stage": "warmup"}
     for content, message in (

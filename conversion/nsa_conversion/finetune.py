@@ -14,6 +14,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -36,7 +37,8 @@ from transformers import (
 )
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer_utils import HubStrategy, get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import (
     PushInProgress,
     cached_file,
@@ -74,6 +76,7 @@ __all__ = [
     "LoraArguments",
     "ModelArguments",
     "finetune",
+    "last_whole_checkpoint",
     "main",
     "register_lora_targets",
     "setting_names",
@@ -283,6 +286,25 @@ if is_peft_available():
     register_lora_targets()
 
 
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether Trainer came to the end of writing a checkpoint: its state is the last file, and weights are there."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return any(any(checkpoint.glob(weights)) for weights in ("*model*", "global_step*"))
+
+
+def last_whole_checkpoint(output: str | Path) -> Path | None:
+    """The newest checkpoint in a directory; None where there is none that was written to its end.
+
+    Args:
+        output: the directory of a run.
+    """
+    paths = [path for path in Path(output).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return max(filter(_is_whole, paths), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
 def _check_output(model: str, args: FinetuneArguments) -> None:
     """Refuse an output directory that would lose or mix somebody's files; resolve the checkpoint to resume from."""
     output = Path(args.output_dir)
@@ -293,11 +315,19 @@ def _check_output(model: str, args: FinetuneArguments) -> None:
     resume = args.resume_from_checkpoint
     if resume is not None and str(resume).lower() != "false":
         if str(resume).lower() == "true":
-            resume = get_last_checkpoint(output) if output.is_dir() else None
+            resume = last_whole_checkpoint(output)
             if resume is None:
-                raise NSAError(f"--resume-from-checkpoint: there is no checkpoint in {output}")
+                raise NSAError(
+                    f"--resume-from-checkpoint: there is no checkpoint in {output} that was written to its end; start "
+                    "again without it"
+                )
         elif not Path(resume).is_dir():
             raise NSAError(f"--resume-from-checkpoint: {resume} is not a directory; give a checkpoint-… directory")
+        elif not _is_whole(Path(resume)):
+            raise NSAError(
+                f"--resume-from-checkpoint: {resume} was not written to its end, it lacks weights or "
+                f"{TRAINER_STATE_NAME}; give an earlier checkpoint"
+            )
         args.resume_from_checkpoint = str(resume)
         return
     args.resume_from_checkpoint = None

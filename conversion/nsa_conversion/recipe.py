@@ -139,7 +139,7 @@ def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **sett
         NSAError: a step was run with other settings before, or whatever `convert` and `finetune` refuse.
     """
     from .convert import convert
-    from .finetune import finetune
+    from .finetune import finetune, last_whole_checkpoint
 
     output, source = Path(output_dir), str(model)
     if output.resolve() == Path(source).resolve():
@@ -172,7 +172,7 @@ def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **sett
             source = str(place)
             continue
         began = name in begun
-        resumable = began and any(place.glob("checkpoint-*"))
+        resumable = began and last_whole_checkpoint(place) is not None
         begun[name] = {"settings": wanted[name], "finished": False}
         wait()
         if main:
