@@ -323,6 +323,19 @@ def test_refuses_a_full_output_and_never_the_source(tmp_path, checkpoint, text_f
     assert [path.name for path in output.iterdir()] == ["notes.txt"]
 
 
+def test_a_checkpoint_of_another_run_opens_no_full_output(tmp_path, checkpoint, text_file):
+    settings = {"train_file": text_file, **SHORT, **QUIET, "save_strategy": "steps", "save_steps": 1, "eval_slices": 0}
+    finetune(checkpoint, tmp_path / "other", **settings)
+    settings |= {"resume_from_checkpoint": tmp_path / "other" / "checkpoint-1", "max_steps": 2}
+    (tmp_path / "out" / "checkpoint-7").mkdir(parents=True)
+    (tmp_path / "out" / "config.json").write_text("mine")
+    with pytest.raises(NSAError, match="is not empty"):
+        finetune(checkpoint, tmp_path / "out", **settings)
+    assert (tmp_path / "out" / "config.json").read_text() == "mine"
+    finetune(checkpoint, tmp_path / "out", **settings, overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2"]
+
+
 def test_overwrite_replaces_an_earlier_run_only(tmp_path, checkpoint, text_file):
     output = tmp_path / "out"
     settings = {"train_file": text_file, **SHORT, "use_cpu": True, "disable_tqdm": True}

@@ -305,6 +305,12 @@ def last_whole_checkpoint(output: str | Path) -> Path | None:
     return max(filter(_is_whole, paths), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
+def _continues(args: FinetuneArguments) -> bool:
+    """Whether the run goes on with what is in its own output directory."""
+    resume = args.resume_from_checkpoint
+    return resume is not None and Path(resume).resolve().parent == Path(args.output_dir).resolve()
+
+
 def _check_output(model: str, args: FinetuneArguments) -> None:
     """Refuse an output directory that would lose or mix somebody's files; resolve the checkpoint to resume from."""
     output = Path(args.output_dir)
@@ -329,9 +335,9 @@ def _check_output(model: str, args: FinetuneArguments) -> None:
                 f"{TRAINER_STATE_NAME}; give an earlier checkpoint"
             )
         args.resume_from_checkpoint = str(resume)
-        return
-    args.resume_from_checkpoint = None
-    if output.is_dir() and any(output.iterdir()) and not args.overwrite:
+    else:
+        args.resume_from_checkpoint = None
+    if output.is_dir() and any(output.iterdir()) and not args.overwrite and not _continues(args):
         raise NSAError(
             f"--output-dir {output} is not empty; choose a new directory, continue the run in it with "
             "--resume-from-checkpoint, or replace it with --overwrite"
@@ -851,7 +857,7 @@ def _run(
             f"of up to {data.max_length:,}; {eval_rows.num_tokens if eval_rows else 0:,} tokens held out",
             flush=True,
         )
-        if args.overwrite and args.resume_from_checkpoint is None and Path(args.output_dir).is_dir():
+        if args.overwrite and not _continues(args) and Path(args.output_dir).is_dir():
             _remove_earlier_run(Path(args.output_dir))
 
     settings = {
