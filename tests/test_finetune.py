@@ -323,6 +323,24 @@ def test_refuses_a_full_output_and_never_the_source(tmp_path, checkpoint, text_f
     assert [path.name for path in output.iterdir()] == ["notes.txt"]
 
 
+def test_overwrite_never_deletes_what_the_run_reads(tmp_path, checkpoint, text_file):
+    output = tmp_path / "out"
+    shutil.copytree(checkpoint, output / "checkpoint-3")
+    shutil.copytree(checkpoint, output, dirs_exist_ok=True)
+    shutil.copy(text_file, output / "checkpoint-3" / "train.txt")
+    settings = {"train_file": text_file, **SHORT, **QUIET, "overwrite": True}
+    before = sorted(output.rglob("*"))
+    for model, changes, name in (
+        (output / "checkpoint-3", {}, "the model"),
+        (checkpoint, {"stage": "adapt", "teacher": str(output)}, "--teacher"),
+        (checkpoint, {"train_file": output / "checkpoint-3" / "train.txt"}, "--train-file"),
+        (checkpoint, {"eval_file": output / "." / "checkpoint-3" / "train.txt"}, "--eval-file"),
+    ):
+        with pytest.raises(NSAError, match=f"--overwrite would delete {name} .*out.* choose another directory"):
+            finetune(model, output, **settings | changes)
+    assert sorted(output.rglob("*")) == before
+
+
 def test_a_checkpoint_of_another_run_opens_no_full_output(tmp_path, checkpoint, text_file):
     settings = {"train_file": text_file, **SHORT, **QUIET, "save_strategy": "steps", "save_steps": 1, "eval_slices": 0}
     finetune(checkpoint, tmp_path / "other", **settings)

@@ -344,6 +344,24 @@ def _check_output(model: str, args: FinetuneArguments) -> None:
         )
 
 
+def _check_overwrite(
+    model: ModelArguments, data: DataArguments, stage: StageArguments, args: FinetuneArguments
+) -> None:
+    """Refuse to replace an earlier run that this one needs."""
+    output = Path(args.output_dir)
+    named = [("the model", model.model), ("--teacher", stage.teacher), ("--dataset", data.dataset)]
+    named += [("--train-file", each) for each in data.train_file or []]
+    named += [("--eval-file", each) for each in data.eval_file or []]
+    named += [("--resume-from-checkpoint", args.resume_from_checkpoint)]
+    removed = {path.resolve() for path in _earlier_run(output)}
+    for name, value in named:
+        if value is None:
+            continue
+        place = Path(value).resolve()
+        if place == output.resolve() or removed & {place, *place.parents}:
+            raise NSAError(f"--overwrite would delete {name} {value} in --output-dir {output}; choose another directory")
+
+
 def _check_arguments(
     model: ModelArguments,
     data: DataArguments,
@@ -398,6 +416,8 @@ def _check_arguments(
         )
     require_matplotlib()
     _check_output(model.model, args)
+    if args.overwrite and not _continues(args):
+        _check_overwrite(model, data, stage, args)
 
 
 def _check_quantized(model: ModelArguments, lora: LoraArguments) -> None:
@@ -590,19 +610,27 @@ def _evaluation_texts(documents: Sequence[np.ndarray], max_length: int, slices: 
     return [torch.from_numpy(piece.astype(np.int64)) for piece in pieces]
 
 
+def _earlier_run(output: Path) -> list[Path]:
+    """Directories that an earlier run of this command wrote, and its weights."""
+    checkpoints = [path for path in output.glob("checkpoint-*") if path.is_dir()]
+    return [*checkpoints, output / STAGING_DIR, output / ADAPTER_DIR, *_weights(output)]
+
+
 def _remove_earlier_run(output: Path) -> None:
     """Delete what an earlier run of this command wrote, and nothing else."""
-    for path in output.glob("checkpoint-*"):
+    for path in _earlier_run(output):
         if path.is_dir():
             shutil.rmtree(path)
-    for name in (STAGING_DIR, ADAPTER_DIR):
-        shutil.rmtree(output / name, ignore_errors=True)
     _remove_weights(output)
 
 
+def _weights(output: Path) -> list[Path]:
+    """The model in `output`, config.json first: without it nothing loads what is left by mistake."""
+    return [output / "config.json", *output.glob("model*.safetensors"), output / "model.safetensors.index.json"]
+
+
 def _remove_weights(output: Path) -> None:
-    """Delete the model in `output`, config.json first: without it nothing loads what is left by mistake."""
-    for path in [output / "config.json", *output.glob("model*.safetensors"), output / "model.safetensors.index.json"]:
+    for path in _weights(output):
         path.unlink(missing_ok=True)
 
 
