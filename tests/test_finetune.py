@@ -323,6 +323,21 @@ def test_refuses_a_full_output_and_never_the_source(tmp_path, checkpoint, text_f
     assert [path.name for path in output.iterdir()] == ["notes.txt"]
 
 
+def test_overwrite_deletes_nothing_before_training_begins(tmp_path, monkeypatch, checkpoint, text_file):
+    class Refuses(finetune_module._Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            raise RuntimeError("at the last moment")
+
+    output = shutil.copytree(checkpoint, tmp_path / "out")
+    (output / "checkpoint-9").mkdir()
+    monkeypatch.setattr(finetune_module, "_Trainer", Refuses)
+    with pytest.raises(RuntimeError, match="at the last moment"):
+        finetune(checkpoint, output, train_file=text_file, **SHORT, **QUIET, overwrite=True)
+    assert states_equal(output, checkpoint)
+    assert (output / "checkpoint-9").is_dir()
+
+
 def test_overwrite_never_deletes_what_the_run_reads(tmp_path, checkpoint, text_file):
     output = tmp_path / "out"
     shutil.copytree(checkpoint, output / "checkpoint-3")

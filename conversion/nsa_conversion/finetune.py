@@ -885,8 +885,6 @@ def _run(
             f"of up to {data.max_length:,}; {eval_rows.num_tokens if eval_rows else 0:,} tokens held out",
             flush=True,
         )
-        if args.overwrite and not _continues(args) and Path(args.output_dir).is_dir():
-            _remove_earlier_run(Path(args.output_dir))
 
     settings = {
         "model": network,
@@ -931,6 +929,8 @@ def _run(
         trainer.add_callback(first)
     else:
         first.run()
+    if main_process and args.overwrite and not _continues(args):
+        _remove_earlier_run(Path(args.output_dir))
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     after = measure("Evaluating after training")
     adapter = _save_final(trainer, tokenizer, model, source)
