@@ -147,6 +147,22 @@ def test_resume_continues_as_if_never_stopped(tmp_path, checkpoint, text_file):
     assert resumed == losses
 
 
+@pytest.mark.parametrize("length", [{"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 1}])
+def test_a_training_that_has_ended_takes_no_further_step(tmp_path, checkpoint, text_file, length):
+    output = tmp_path / "out"
+    settings = {**SHORT, **QUIET, "save_strategy": "steps", "save_steps": 1, "eval_slices": 0, "train_file": text_file}
+    settings |= {"gradient_accumulation_steps": 9, **length}
+    steps = finetune(checkpoint, output, **settings).steps
+    whole = shutil.copytree(output, tmp_path / "whole")
+    (output / "config.json").unlink()  # as if it was killed before the model was saved
+    assert finetune(checkpoint, output, **settings, resume_from_checkpoint="true").steps == steps
+    assert states_equal(output, whole)
+    # and where fewer steps are asked for than were taken
+    settings |= {"max_steps": 1, "resume_from_checkpoint": output / f"checkpoint-{steps}"}
+    assert finetune(checkpoint, tmp_path / "fewer", **settings).steps == steps
+    assert states_equal(tmp_path / "fewer", whole)
+
+
 @pytest.mark.parametrize("rest", [("model.safetensors",), ("model.safetensors", "trainer_state.json"), ()])
 def test_a_kill_while_a_checkpoint_is_written_costs_no_more_than_it(tmp_path, checkpoint, text_file, rest):
     output = tmp_path / "out"

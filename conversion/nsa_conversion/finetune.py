@@ -522,7 +522,16 @@ def _warn_about_length(config, max_length: int) -> None:
 
 
 class _Trainer(Trainer):
-    """Uploads checkpoints from their own directories: the output directory holds no model before training has ended."""
+    """Uploads checkpoints from their own directories: the output directory holds no model before training has ended.
+
+    Takes no step beyond the last: Trainer looks only after a step whether it was one.
+    """
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         args = self.args
