@@ -367,7 +367,7 @@ def test_overwrite_never_deletes_what_the_run_reads(tmp_path, checkpoint, text_f
         (checkpoint, {"train_file": output / "checkpoint-3" / "train.txt"}, "--train-file"),
         (checkpoint, {"eval_file": output / "." / "checkpoint-3" / "train.txt"}, "--eval-file"),
     ):
-        with pytest.raises(NSAError, match=f"--overwrite would delete {name} .*out.* choose another directory"):
+        with pytest.raises(NSAError, match=f"--overwrite would delete {name} .*out.* choose another one"):
             finetune(model, output, **settings | changes)
     assert sorted(output.rglob("*")) == before
 
@@ -443,6 +443,18 @@ def test_refuses_before_training(tmp_path, monkeypatch, checkpoint, text_file, s
     with pytest.raises(NSAError, match=error):
         finetune(checkpoint, tmp_path / "out", **settings, **QUIET)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"train_file": "missing.txt"}, {"model": "missing"}, {"lora": True, "lora_target_modules": ["qproj"]}]
+)
+def test_makes_no_repository_for_a_mistake(tmp_path, monkeypatch, checkpoint, text_file, changes):
+    made = []
+    monkeypatch.setattr(finetune_module, "_make_repository", made.append)
+    settings = {"model": checkpoint, "train_file": text_file, **changes}
+    with pytest.raises(NSAError):
+        finetune(output_dir=tmp_path / "out", push_to_hub=True, **settings, **SHORT, **QUIET)
+    assert made == []
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,10 @@ def test_a_recipe_killed_while_it_writes_a_checkpoint_goes_on(dense, tmp_path, m
             raise KeyboardInterrupt
         save(trainer, *args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(finetune_module._StageTrainer, "_save_optimizer_and_scheduler", killed)
+    monkeypatch.setattr(finetune_module._StageTrainer, "_save_optimizer_and_scheduler", killed)
+    with pytest.raises(KeyboardInterrupt):
         run_recipe(*arguments, train_file=[str(dense.parent / "text.txt")])
+    monkeypatch.undo()
     assert (tmp_path / "out" / "warm" / f"checkpoint-{step}").is_dir()
     warm = run_recipe(*arguments, train_file=[str(dense.parent / "text.txt")])
     history = json.loads((warm / "log_history.json").read_text())

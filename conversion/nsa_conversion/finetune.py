@@ -359,7 +359,7 @@ def _check_overwrite(
             continue
         place = Path(value).resolve()
         if place == output.resolve() or removed & {place, *place.parents}:
-            raise NSAError(f"--overwrite would delete {name} {value} in --output-dir {output}; choose another directory")
+            raise NSAError(f"--overwrite would delete {name} {value} in --output-dir {output}; choose another one")
 
 
 def _check_arguments(
@@ -798,7 +798,7 @@ def _check_launch(args: FinetuneArguments) -> None:
 
 
 def _make_repository(args: FinetuneArguments) -> None:
-    """Make the repository that --push-to-hub fills, so that a refusal comes before the training."""
+    """Make the repository that --push-to-hub fills: after all other checks, before the training."""
     name = args.hub_model_id or Path(args.output_dir).absolute().name
     with hub_errors(f"--push-to-hub: cannot upload to {name}"):
         api = HfApi(token=args.hub_token)
@@ -844,8 +844,6 @@ def _run(
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # it would only warn
     main_process = args.process_index == 0
-    if args.push_to_hub and main_process:
-        _make_repository(args)
     columns = {"text_column": data.text_column, "messages_column": data.messages_column}
     if data.train_file:
         documents = read_files(data.train_file, **columns)
@@ -895,6 +893,8 @@ def _run(
             flush=True,
         )
 
+    if args.push_to_hub and main_process:
+        _make_repository(args)
     settings = {
         "model": network,
         "args": args,
