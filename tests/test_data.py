@@ -15,6 +15,7 @@ from nsa_conversion.data import (
     FACTS_STATED,
     FACTS_USED,
     MIN_FACTS,
+    PackedRows,
     PackedRowsCollator,
     builtin_text,
     encode_documents,
@@ -24,6 +25,7 @@ from nsa_conversion.data import (
     read_dataset,
     read_files,
     read_text,
+    repeat_passage,
     state_facts,
 )
 from nsa_conversion.errors import NSAError
@@ -252,6 +254,16 @@ def test_passages_are_repeated_inside_long_documents():
     for other in (read(rows), read(practise_retrieval(plain, 1.0, 0.0, 150, None, seed=1))):
         assert any((a != b).any() for a, b in zip(after, other))
     assert all((a == b).all() for a, b in zip(before, read(practise_retrieval(plain, 0.0, 0.0, 150, None))))
+
+
+def test_workers_that_stay_draw_anew_too():
+    lines = np.arange(100), np.arange(200, 400)
+    rows = PackedRows([[line] for line in lines], repeat_passage)
+    loader = torch.utils.data.DataLoader(rows, batch_size=None, num_workers=1, persistent_workers=True)
+    for epoch in range(2):
+        rows.set_epoch(epoch)
+        for expected, found in zip(read(rows), loader, strict=True):
+            assert (expected == found["input_ids"].numpy()).all()
 
 
 def test_facts_are_stated_once_and_used_once_further_on(tokenizer):

@@ -354,15 +354,20 @@ class PackedRows(torch.utils.data.Dataset):
         seed: int = 0,
     ):
         self.rows, self.change, self.seed = rows, change, seed
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that stay see it change
         self.num_tokens = sum(len(piece) for row in rows for piece in row)
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def epoch(self) -> int:
+        """Whose random numbers are drawn."""
+        return self._epoch.item()
+
     def set_epoch(self, epoch: int) -> None:
-        """What is drawn from now on is that epoch's."""
-        self.epoch = epoch
+        """What is drawn from now on is that epoch's, in this process and the workers of its loaders."""
+        self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         pieces = self.rows[index]
