@@ -62,6 +62,12 @@ def test_read_files_takes_text_and_both_kinds_of_lines(tmp_path):
     assert read_files([tmp_path / "book.txt", lines]) == ["one\ntwo\n", "three", CHAT]
 
 
+def test_read_files_takes_byte_order_marks_and_whole_surrogate_pairs(tmp_path):
+    (tmp_path / "book.txt").write_text("one", encoding="utf-8-sig")
+    (tmp_path / "lines.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n', encoding="utf-8-sig")
+    assert read_files([tmp_path / "book.txt", tmp_path / "lines.jsonl"]) == ["one", "\U0001f600"]
+
+
 def test_read_files_takes_named_columns(tmp_path):
     path = write_lines(tmp_path / "lines.jsonl", {"body": "a text", "turns": CHAT, "text": "other"})
     assert read_files([path], text_column="body") == ["a text"]
@@ -79,6 +85,8 @@ def test_read_files_takes_named_columns(tmp_path):
         ("a.jsonl", '{"body": "x"}\n', r"needs a 'text' or a 'messages' column, it has \['body'\].*--text-column"),
         ("a.jsonl", '{"text": 3}\n', "the text must be a string, got int"),
         ("a.jsonl", '{"messages": []}\n', "must be a non-empty list"),
+        ("a.jsonl", '{"text": "ok"}\n{"text": "abc \\ud800"}\n', r"a.jsonl:2: \\ud800 is half of a character"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "\\uDC00"}]}\n', r"a.jsonl:1: \\udc00 is half of"),
         ("a.jsonl", '{"messages": [{"content": "x"}]}\n', "every message must be an object with 'role' and 'content'"),
     ],
 )

@@ -79,7 +79,7 @@ def builtin_text() -> str:
 
 
 def read_text(path: str | Path) -> str:
-    """Read one UTF-8 text file.
+    """Read one UTF-8 text file, with or without a byte order mark.
 
     Args:
         path: the file.
@@ -91,7 +91,7 @@ def read_text(path: str | Path) -> str:
     if path.is_dir():
         raise NSAError(f"{path} is a directory, not a file; give a datasets directory with --dataset instead")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise NSAError(f"text file {path} does not exist") from None
     except UnicodeDecodeError as error:
@@ -149,8 +149,19 @@ def _read_json_lines(path: Path, text_column: str | None, messages_column: str |
         if not isinstance(entry, dict):
             raise NSAError(f"{where}: one JSON object per line is needed, got {type(entry).__name__}")
         column, kind = _choose_column(list(entry), text_column, messages_column, where)
+        if "\\u" in line:
+            _refuse_half_characters(entry[column], where)
         documents.append(_as_document(entry[column], kind, where))
     return documents
+
+
+def _refuse_half_characters(value: Any, where: str) -> None:
+    """JSON can name half of a surrogate pair, which no tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise NSAError(f"{where}: {half} is half of a character and cannot be encoded; take it out") from None
 
 
 def read_files(
