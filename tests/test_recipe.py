@@ -91,6 +91,29 @@ def test_a_recipe_killed_while_it_writes_a_checkpoint_goes_on(dense, tmp_path, m
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2]
 
 
+def test_a_mistake_does_not_block_the_output_of_a_recipe(dense, tmp_path, monkeypatch):
+    text = dense.parent / "text.txt"
+    recipe = Recipe({**RECIPE, "stages": RECIPE["stages"][:1]})
+    monkeypatch.chdir(dense.parent)
+    with pytest.raises(NSAError, match="does not exist"):
+        run_recipe("nothing/at/all", tmp_path / "out", recipe, train_file=[str(text)])
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "short.txt").write_text("a")
+    with pytest.raises(NSAError, match="the longest in a row"):
+        run_recipe(dense, tmp_path / "out", recipe, train_file=[str(tmp_path / "short.txt")])
+    converted = (tmp_path / "out" / "converted" / "model.safetensors").stat().st_mtime_ns
+    warm = run_recipe(dense, tmp_path / "out", recipe, train_file=["text.txt"])
+    model = (warm / "model.safetensors").stat().st_mtime_ns
+    for source in ("dense", "./dense", "dense/"):  # however it is written
+        assert run_recipe(source, tmp_path / "out", recipe, train_file=[str(text)]) == warm
+    assert (warm / "model.safetensors").stat().st_mtime_ns == model
+    assert (tmp_path / "out" / "converted" / "model.safetensors").stat().st_mtime_ns == converted
+    with pytest.raises(NSAError, match=r"step 'converted' .* was run with other settings"):
+        run_recipe(dense, tmp_path / "out", Recipe({**RECIPE, "convert": {**SMALL_NSA, "seed": 3}}))
+    with pytest.raises(NSAError, match=r"step 'warm' .* was run with other settings"):
+        run_recipe(dense, tmp_path / "out", recipe, train_file=["text.txt"], seed=3)
+
+
 def test_a_recipe_says_what_is_wrong_with_it(dense, tmp_path, capsys):
     stage = {"name": "a", "stage": "warmup"}
     for content, message in (

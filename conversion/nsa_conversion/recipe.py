@@ -26,11 +26,14 @@ from typing import Any
 
 from .errors import NSAError
 from .rope import check_yarn_factor, scale_rope
+from .sources import find_model, resolve
 
 __all__ = ["Recipe", "load_yaml", "run_recipe"]
 
 SCALED, CONVERTED = "scaled", "converted"
 RECORD = "recipe.json"
+# Settings that name files.
+PATHS = ("train_file", "eval_file", "dataset", "teacher")
 # Given once for all stages, or not by a recipe.
 RESERVED = ("model", "output_dir", "overwrite", "resume_from_checkpoint", "push_to_hub", "recipe")
 
@@ -144,28 +147,38 @@ def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **sett
     output, source = Path(output_dir), str(model)
     if output.resolve() == Path(source).resolve():
         raise NSAError(f"--output-dir {output} is the model itself; choose another directory")
-    output.mkdir(parents=True, exist_ok=True)
     stages = {name: {**each, **settings} for name, each in recipe.stages.items()}
     teacher = source if recipe.yarn_factor is None else str(output / SCALED)
     main, wait = _processes(any(each.get("use_cpu") for each in stages.values()))
     steps = [] if recipe.yarn_factor is None else [(SCALED, {"factor": recipe.yarn_factor})]
     steps += [] if recipe.convert is None else [(CONVERTED, dict(recipe.convert))]
     steps += stages.items()
-    wanted, digest = {}, hashlib.sha256(source.encode())
+    wanted, digest = {}, hashlib.sha256(_resolved(source).encode())
     for name, each in steps:
-        digest.update(json.dumps([name, each], sort_keys=True, default=str).encode())
+        named = {key: _resolved(value) if key in PATHS else value for key, value in each.items()}
+        digest.update(json.dumps([name, named], sort_keys=True, default=str).encode())
         wanted[name] = digest.hexdigest()[:16]
-    begun = _read_record(output / RECORD)
+    begun, refused = _read_record(output / RECORD), []
     for name in wanted:
         if name in begun and begun[name]["settings"] != wanted[name]:
-            raise NSAError(
-                f"step {name!r} in {output} was run with other settings, data or steps before it; choose another "
-                f"--output-dir, or remove {output / name} and the steps behind it, and their entries in {RECORD}"
-            )
+            if begun[name]["finished"] or last_whole_checkpoint(output / name):
+                raise NSAError(
+                    f"step {name!r} in {output} was run with other settings, data or steps before it; choose another "
+                    f"--output-dir, or remove {output / name} and the steps behind it, and their entries in {RECORD}"
+                )
+            refused.append(name)  # nothing is lost with it
         if name not in begun and (output / name).exists():
             raise NSAError(f"{output / name} exists and is not of this recipe; choose another --output-dir")
+    if steps and not begun.get(steps[0][0], {}).get("finished"):
+        _check_source(source, *steps[0])
     before_training = {SCALED: scale_rope, CONVERTED: convert}
     wait()  # all processes have seen the same state
+    for name in refused:
+        del begun[name]
+        if main:
+            shutil.rmtree(output / name, ignore_errors=True)
+    if main:
+        output.mkdir(parents=True, exist_ok=True)
     for name, each in steps:
         place = output / name
         if begun.get(name, {}).get("finished"):
@@ -195,6 +208,25 @@ def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **sett
     if main:
         print(f"wrote the last step's model to {source}", flush=True)
     return Path(source)
+
+
+def _resolved(value: Any) -> Any:
+    """A path, or a list of them, the same however it is written; whatever else is named stays."""
+    if isinstance(value, list):
+        return [_resolved(each) for each in value]
+    if not isinstance(value, (str, Path)):
+        return value
+    path = Path(value).expanduser()
+    return str(path.resolve() if path.exists() else value)
+
+
+def _check_source(source: str, step: str, settings: Mapping[str, Any]) -> None:
+    """Refuse what the first step cannot begin with, before anything is written."""
+    if step in (SCALED, CONVERTED) or source.endswith(".gguf"):
+        names = ("revision", "allow_pickle", "trust_remote_code")
+        resolve(source, weights=False, **{name: settings[name] for name in names if name in settings})
+    else:
+        find_model(source)
 
 
 def _processes(use_cpu: bool) -> tuple[bool, Callable[[], None]]:
