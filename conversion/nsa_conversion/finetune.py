@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -75,9 +75,11 @@ __all__ = [
     "FinetuneReport",
     "LoraArguments",
     "ModelArguments",
+    "check_settings",
     "finetune",
     "last_whole_checkpoint",
     "main",
+    "read_settings",
     "register_lora_targets",
     "setting_names",
 ]
@@ -414,10 +416,10 @@ def _check_arguments(
             f"--stage warmup trains new parts alone: set their rate with --new-parameter-lr, not --learning-rate "
             f"{args.learning_rate}"
         )
+    for name in (*(data.train_file or []), *(data.eval_file or [])):
+        if not Path(name).exists():
+            raise NSAError(f"text file {name} does not exist")
     require_matplotlib()
-    _check_output(model.model, args)
-    if args.overwrite and not _continues(args):
-        _check_overwrite(model, data, stage, args)
 
 
 def _check_quantized(model: ModelArguments, lora: LoraArguments) -> None:
@@ -832,6 +834,9 @@ def _run(
 ) -> FinetuneReport:
     """Train as the argument groups say; see `finetune`."""
     _check_arguments(model, data, lora, stage, context, args)
+    _check_output(model.model, args)
+    if args.overwrite and not _continues(args):
+        _check_overwrite(model, data, stage, args)
     if not is_accelerate_available():
         raise NSAError("training needs the accelerate library: pip install 'nsa-transformers[train]'")
     _check_launch(args)
@@ -986,12 +991,60 @@ def finetune(model: str | Path, output_dir: str | Path, **settings: Any) -> Fine
     settings |= {"model": str(model), "output_dir": str(output_dir)}
     if settings.get("dataset") is not None:
         settings["dataset"] = str(settings["dataset"])
-    return _run(*HfArgumentParser(ARGUMENT_CLASSES).parse_dict(settings))
+    return _run(*_groups(settings))
+
+
+def _groups(settings: dict[str, Any]) -> tuple[Any, ...]:
+    """The settings as objects of `ARGUMENT_CLASSES`."""
+    return HfArgumentParser(ARGUMENT_CLASSES).parse_dict(settings)
 
 
 def setting_names() -> set[str]:
     """What `finetune` takes beside the model and the output directory."""
     return {entry.name for group in ARGUMENT_CLASSES for entry in dataclasses.fields(group) if entry.init}
+
+
+def read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a file, each of the type that the command line gives it; None leaves the default.
+
+    Args:
+        settings: of `finetune`.
+
+    Raises:
+        NSAError: an unknown setting, or a value of the wrong type.
+    """
+    parser = _given_parser()
+    actions = {action.dest: action for action in reversed(parser._actions)}  # --name, not the --no-name behind it
+    words, read = [], {}
+    for name, value in settings.items():
+        kind = actions[name].type if name in actions else None
+        if kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, (list, tuple)) and name in actions and actions[name].nargs == "+":
+            words += [f"--{name}", *map(str, value)]
+        elif isinstance(value, (Mapping, list, tuple)) and kind not in (int, float, string_to_bool):
+            read[name] = value
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return {**read, **vars(parser.parse_args(words))}
+
+
+def check_settings(model: str | Path, output_dir: str | Path, settings: Mapping[str, Any]) -> None:
+    """Refuse what `finetune` would refuse before it loads anything, whatever `output_dir` holds.
+
+    Args:
+        model, output_dir, settings: as for `finetune`.
+
+    Raises:
+        NSAError: as `finetune`.
+    """
+    environment = dict(os.environ)
+    try:
+        groups = _groups({**settings, "model": str(model), "output_dir": str(output_dir)})
+        _check_arguments(*groups)
+    finally:  # TrainingArguments sets variables that the next one would read
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 class _Parser(HfArgumentParser):
@@ -1025,6 +1078,14 @@ def _parser() -> _Parser:
     return parser
 
 
+def _given_parser() -> _Parser:
+    """A parser that returns only what was given, without defaults."""
+    parser = _parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return parser
+
+
 def _parse(
     argv: list[str],
 ) -> tuple[ModelArguments, DataArguments, LoraArguments, StageArguments, ContextArguments, FinetuneArguments]:
@@ -1037,10 +1098,7 @@ def _parse(
 
 
 def _main_recipe(argv: list[str]) -> int:
-    parser = _parser()
-    for action in parser._actions:  # only what is given wins over the recipe
-        action.default = argparse.SUPPRESS
-    given = vars(parser.parse_args(argv))
+    given = vars(_given_parser().parse_args(argv))  # only what is given wins over the recipe
     recipe, output = Recipe.read(given.pop("recipe")), given.pop("output_dir", None)
     models = [given.pop(name) for name in ("positional_model", "model") if name in given]
     if len(models) != 1 or output is None:

@@ -14,13 +14,14 @@ is left as it is, one that was interrupted goes on from its last checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Recipe:
     def __init__(self, content: Any, name: str = "the recipe", stages_needed: bool = True):
         if not isinstance(content, Mapping) or (stages_needed and not content.get("stages")):
             raise NSAError(f"{name} must be a mapping with a list of stages, got {content!r:.80}")
-        unknown = sorted(set(content) - {"yarn_factor", "convert", "settings", "stages"})
+        unknown = sorted(map(str, set(content) - {"yarn_factor", "convert", "settings", "stages"}))
         if unknown:
             raise NSAError(f"{name}: unknown keys {unknown}; a recipe has yarn_factor, convert, settings and stages")
         self.yarn_factor = content.get("yarn_factor")
@@ -86,12 +87,12 @@ class Recipe:
 
         known = setting_names() - set(RESERVED)
         for stage, settings in self.stages.items():
-            unknown = sorted(set(settings) - known)
+            unknown = sorted(map(str, set(settings) - known))
             if unknown:
                 raise NSAError(f"{name}: stage {stage!r} has unknown settings {unknown}; see nsa finetune --help")
         if self.convert:
             known = {*inspect.signature(convert).parameters, *NSA_SETTINGS} - {"source", "dest", "progress", "settings"}
-            unknown = sorted(set(self.convert) - known)
+            unknown = sorted(map(str, set(self.convert) - known))
             if unknown:
                 raise NSAError(f"{name}: convert has unknown settings {unknown}; see nsa convert --help")
 
@@ -142,12 +143,15 @@ def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **sett
         NSAError: a step was run with other settings before, or whatever `convert` and `finetune` refuse.
     """
     from .convert import convert
-    from .finetune import finetune, last_whole_checkpoint
+    from .finetune import check_settings, finetune, last_whole_checkpoint, read_settings
 
     output, source = Path(output_dir), str(model)
     if output.resolve() == Path(source).resolve():
         raise NSAError(f"--output-dir {output} is the model itself; choose another directory")
-    stages = {name: {**each, **settings} for name, each in recipe.stages.items()}
+    stages = {}
+    for name, each in recipe.stages.items():
+        with _stage_named(name):
+            stages[name] = read_settings({**each, **settings})
     teacher = source if recipe.yarn_factor is None else str(output / SCALED)
     main, wait = _processes(any(each.get("use_cpu") for each in stages.values()))
     steps = [] if recipe.yarn_factor is None else [(SCALED, {"factor": recipe.yarn_factor})]
@@ -171,6 +175,10 @@ def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **sett
             raise NSAError(f"{output / name} exists and is not of this recipe; choose another --output-dir")
     if steps and not begun.get(steps[0][0], {}).get("finished"):
         _check_source(source, *steps[0])
+    for name, each in stages.items():
+        if not begun.get(name, {}).get("finished"):
+            with _stage_named(name):
+                check_settings(source, output / name, each)
     before_training = {SCALED: scale_rope, CONVERTED: convert}
     wait()  # all processes have seen the same state
     for name in refused:
@@ -208,6 +216,15 @@ def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **sett
     if main:
         print(f"wrote the last step's model to {source}", flush=True)
     return Path(source)
+
+
+@contextlib.contextmanager
+def _stage_named(name: str) -> Iterator[None]:
+    """Say in which stage a mistake is."""
+    try:
+        yield
+    except ValueError as error:  # TrainingArguments raises others than NSAError
+        raise NSAError(f"stage {name!r}: {error}") from error
 
 
 def _resolved(value: Any) -> Any:
