@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import SMALL_NSA, make_checkpoint, make_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, SchedulerType
 
 from modeling_nsa import NSAConfig, NSAForCausalLM
 from nsa_conversion import finetune
 from nsa_conversion.data import builtin_text, encode_documents
 from nsa_conversion.errors import NSAError
-from nsa_conversion.finetune import main
+from nsa_conversion.finetune import FinetuneArguments, main
 
 finetune_module = importlib.import_module("nsa_conversion.finetune")
 ROOT = Path(__file__).parents[1]
@@ -431,6 +431,18 @@ def test_a_failed_save_leaves_no_half_model(tmp_path, monkeypatch, checkpoint, t
             {"train_file": "TEXT", "lora": True, "lora_target_modules": ["q_proj", "qproj", "mlp"]},
             r"\['qproj', 'mlp'\] match no linear layer of the model; it has .*'q_proj'",
         ),
+        ({"train_file": "TEXT", "gradient_accumulation_steps": 0}, "--gradient-accumulation-steps must be at least 1"),
+        ({"train_file": "TEXT", "per_device_train_batch_size": 0}, "--per-device-train-batch-size must be at least 1"),
+        (
+            {"train_file": "TEXT", "report_to": "paper"},
+            "--report-to must be all, none or some of .*wandb.*, got 'paper'",
+        ),
+        ({"train_file": "TEXT", "metric_for_best_model": "f1"}, "must be one of loss, .*, got 'f1'"),
+        (
+            {"train_file": "TEXT", "lr_scheduler_kwargs": {"min": 1}},
+            "--lr-scheduler-kwargs .*'min'.* --lr-scheduler-ty",
+        ),
+        ({"train_file": "TEXT", "lr_scheduler_type": "cosine_with_min_lr"}, "cosine_with_min_lr: .*min_lr"),
         ({"train_file": "TEXT", "learning_rat": 1.0}, r"unknown settings \['learning_rat'\]"),
     ],
 )
@@ -443,6 +455,24 @@ def test_refuses_before_training(tmp_path, monkeypatch, checkpoint, text_file, s
     with pytest.raises(NSAError, match=error):
         finetune(checkpoint, tmp_path / "out", **settings, **QUIET)
     assert not (tmp_path / "out").exists()
+
+
+def test_refuses_reports_to_what_is_not_installed(tmp_path, monkeypatch, checkpoint, text_file):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    with pytest.raises(NSAError, match=r"--report-to wandb: .*pip install wandb"):
+        finetune(checkpoint, tmp_path / "out", train_file=text_file, report_to="wandb", **QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("schedule", list(SchedulerType))
+def test_no_schedule_is_refused_that_trainer_takes(tmp_path, schedule):
+    more = {
+        "cosine_with_min_lr": {"min_lr": 0.1},
+        "cosine_warmup_with_min_lr": {"min_lr": 0.1},
+        "warmup_stable_decay": {"num_decay_steps": 1},
+    }
+    settings = {"lr_scheduler_type": schedule, "lr_scheduler_kwargs": more.get(schedule.value)}
+    finetune_module._check_training(FinetuneArguments(str(tmp_path), eval_strategy="steps", use_cpu=True, **settings))
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,11 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    get_scheduler,
     set_seed,
 )
 from transformers.hf_argparser import string_to_bool
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy
@@ -100,6 +102,8 @@ CONVERSION_RECORD = "nsa_conversion.json"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 STAGING_DIR = ".final"
 ADAPTER_DIR = "adapter"
+# What an evaluation measures, by which the best checkpoint can be told.
+EVALUATED = ("loss", "runtime", "samples_per_second", "steps_per_second")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -416,10 +420,39 @@ def _check_arguments(
             f"--stage warmup trains new parts alone: set their rate with --new-parameter-lr, not --learning-rate "
             f"{args.learning_rate}"
         )
+    _check_training(args)
     for name in (*(data.train_file or []), *(data.eval_file or [])):
         if not Path(name).exists():
             raise NSAError(f"text file {name} does not exist")
     require_matplotlib()
+
+
+def _check_training(args: FinetuneArguments) -> None:
+    """Refuse what Trainer would fail at once everything is loaded."""
+    for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
+        if getattr(args, name) < 1:
+            raise NSAError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise NSAError(f"--report-to must be all, none or some of {known}, got {name!r}")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError) as error:
+            raise NSAError(f"--report-to {name}: {error}") from error
+    metric = args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in EVALUATED:
+        raise NSAError(f"--metric-for-best-model must be one of {', '.join(EVALUATED)}, got {metric!r}")
+    if args.deepspeed is None:  # its configuration may bring a schedule of its own
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+        given = {"num_warmup_steps": 0, "num_training_steps": 9, "scheduler_specific_kwargs": args.lr_scheduler_kwargs}
+        try:
+            get_scheduler(args.lr_scheduler_type, optimizer, **given)
+        except (TypeError, ValueError) as error:
+            raise NSAError(
+                f"--lr-scheduler-kwargs {args.lr_scheduler_kwargs} do not suit --lr-scheduler-type "
+                f"{args.lr_scheduler_type.value}: {error}"
+            ) from error
 
 
 def _check_quantized(model: ModelArguments, lora: LoraArguments) -> None:
