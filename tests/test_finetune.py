@@ -457,6 +457,13 @@ def test_refuses_before_training(tmp_path, monkeypatch, checkpoint, text_file, s
     assert not (tmp_path / "out").exists()
 
 
+def test_refuses_tokens_that_the_embedding_lacks(tmp_path, checkpoint, text_file):
+    small = make_nsa(tmp_path / "small", vocab_size=100)
+    with pytest.raises(NSAError, match=r"gives token \d{3}, and the model's embedding ends at 99; put the tokenizer"):
+        finetune(small, tmp_path / "out", train_file=text_file, **SHORT, **QUIET)
+    assert not (tmp_path / "out").exists()
+
+
 def test_refuses_reports_to_what_is_not_installed(tmp_path, monkeypatch, checkpoint, text_file):
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
     with pytest.raises(NSAError, match=r"--report-to wandb: .*pip install wandb"):

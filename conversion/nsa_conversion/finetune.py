@@ -556,6 +556,16 @@ def _warn_about_length(config, max_length: int) -> None:
         )
 
 
+def _check_tokens(name: str, network, documents: Sequence[np.ndarray]) -> None:
+    """Refuse tokens that the embedding does not have: on a GPU they end the process without saying why."""
+    highest, rows = int(max(map(np.max, documents))), network.get_input_embeddings().num_embeddings
+    if highest >= rows:
+        raise NSAError(
+            f"the tokenizer of {name} gives token {highest}, and the model's embedding ends at {rows - 1}; put the "
+            "tokenizer there that the model was trained with, or resize_token_embeddings() and save the model"
+        )
+
+
 class _Trainer(Trainer):
     """Uploads checkpoints from their own directories: the output directory holds no model before training has ended.
 
@@ -910,6 +920,7 @@ def _run(
         held_out = encode_documents(eval_documents, tokenizer, progress)
     else:
         encoded, held_out = hold_out(encoded, data.eval_fraction, args.seed)
+    _check_tokens(model.model, network, [*encoded, *held_out])
     rows = pack(encoded, data.max_length, data.full_rows)
     if data.repeat_share or data.fact_share:
         shares = (data.repeat_share, data.fact_share)
