@@ -457,6 +457,20 @@ def test_refuses_before_training(tmp_path, monkeypatch, checkpoint, text_file, s
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch, checkpoint, text_file):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(shutil.copytree(checkpoint, tmp_path / "model").parent)
+    for name in ("train.txt", "eval.txt"):
+        shutil.copy(text_file, tmp_path / name)
+    settings = {"train_file": "~/train.txt", "eval_file": ["~/eval.txt"], **SHORT, **QUIET}
+    report = finetune("~/model", "~/out", **settings)
+    assert report.output_dir == tmp_path / "out"
+    assert (tmp_path / "out" / "nsa_conversion.json").is_file()
+    assert not (tmp_path / "~").exists()
+    with pytest.raises(NSAError, match="is the model itself"):
+        finetune("~/model", "~/model", **settings, overwrite=True)
+
+
 def test_refuses_tokens_that_the_embedding_lacks(tmp_path, checkpoint, text_file):
     small = make_nsa(tmp_path / "small", vocab_size=100)
     with pytest.raises(NSAError, match=r"gives token \d{3}, and the model's embedding ends at 99; put the tokenizer"):

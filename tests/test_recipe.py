@@ -96,6 +96,7 @@ def test_a_mistake_does_not_block_the_output_of_a_recipe(dense, tmp_path, monkey
     text = dense.parent / "text.txt"
     recipe = Recipe({**RECIPE, "stages": RECIPE["stages"][:1]})
     monkeypatch.chdir(dense.parent)
+    monkeypatch.setenv("HOME", str(dense.parent))
     with pytest.raises(NSAError, match="does not exist"):
         run_recipe("nothing/at/all", tmp_path / "out", recipe, train_file=[str(text)])
     assert not (tmp_path / "out").exists()
@@ -105,7 +106,7 @@ def test_a_mistake_does_not_block_the_output_of_a_recipe(dense, tmp_path, monkey
     converted = (tmp_path / "out" / "converted" / "model.safetensors").stat().st_mtime_ns
     warm = run_recipe(dense, tmp_path / "out", recipe, train_file=["text.txt"])
     model = (warm / "model.safetensors").stat().st_mtime_ns
-    for source in ("dense", "./dense", "dense/"):  # however it is written
+    for source in ("dense", "./dense", "dense/", "~/dense"):  # however it is written
         assert run_recipe(source, tmp_path / "out", recipe, train_file=[str(text)]) == warm
     assert (warm / "model.safetensors").stat().st_mtime_ns == model
     assert (tmp_path / "out" / "converted" / "model.safetensors").stat().st_mtime_ns == converted

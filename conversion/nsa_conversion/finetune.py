@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -102,6 +103,8 @@ CONVERSION_RECORD = "nsa_conversion.json"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 STAGING_DIR = ".final"
 ADAPTER_DIR = "adapter"
+# Settings that name files.
+PATHS = ("model", "train_file", "eval_file", "dataset", "teacher", "resume_from_checkpoint")
 # What an evaluation measures, by which the best checkpoint can be told.
 EVALUATED = ("loss", "runtime", "samples_per_second", "steps_per_second")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -842,6 +845,16 @@ def _check_launch(args: FinetuneArguments) -> None:
                 )
 
 
+def _expand_home(groups: Sequence[Any]) -> None:
+    """Replace a leading ~ that no shell replaced; Trainer does so for the output directory."""
+    for group, name in itertools.product(groups, PATHS):
+        value = getattr(group, name, None)
+        if isinstance(value, list):
+            setattr(group, name, [os.path.expanduser(each) for each in value])
+        elif value is not None:
+            setattr(group, name, os.path.expanduser(str(value)))
+
+
 def _make_repository(args: FinetuneArguments) -> None:
     """Make the repository that --push-to-hub fills: after all other checks, before the training."""
     name = args.hub_model_id or Path(args.output_dir).absolute().name
@@ -876,6 +889,7 @@ def _run(
     args: FinetuneArguments,
 ) -> FinetuneReport:
     """Train as the argument groups say; see `finetune`."""
+    _expand_home((model, data, stage, args))
     _check_arguments(model, data, lora, stage, context, args)
     _check_output(model.model, args)
     if args.overwrite and not _continues(args):
@@ -1085,6 +1099,7 @@ def check_settings(model: str | Path, output_dir: str | Path, settings: Mapping[
     environment = dict(os.environ)
     try:
         groups = _groups({**settings, "model": str(model), "output_dir": str(output_dir)})
+        _expand_home(groups)
         _check_arguments(*groups)
     finally:  # TrainingArguments sets variables that the next one would read
         os.environ.clear()

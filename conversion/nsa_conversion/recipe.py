@@ -33,8 +33,6 @@ __all__ = ["Recipe", "load_yaml", "run_recipe"]
 
 SCALED, CONVERTED = "scaled", "converted"
 RECORD = "recipe.json"
-# Settings that name files.
-PATHS = ("train_file", "eval_file", "dataset", "teacher")
 # Given once for all stages, or not by a recipe.
 RESERVED = ("model", "output_dir", "overwrite", "resume_from_checkpoint", "push_to_hub", "recipe")
 
@@ -143,9 +141,9 @@ def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **sett
         NSAError: a step was run with other settings before, or whatever `convert` and `finetune` refuse.
     """
     from .convert import convert
-    from .finetune import check_settings, finetune, last_whole_checkpoint, read_settings
+    from .finetune import PATHS, check_settings, finetune, last_whole_checkpoint, read_settings
 
-    output, source = Path(output_dir), str(model)
+    output, source = Path(output_dir).expanduser(), os.path.expanduser(str(model))
     if output.resolve() == Path(source).resolve():
         raise NSAError(f"--output-dir {output} is the model itself; choose another directory")
     stages = {}
