@@ -157,6 +157,7 @@ def test_a_recipe_says_what_is_wrong_with_it(dense, tmp_path, capsys):
         ({"eval_fraction": 1.5}, "--eval-fraction must be"),
         ({"selector_weight": -1}, "--selector-weight must not be negative"),
         ({"train_file": ["nothing.txt"]}, "nothing.txt does not exist"),
+        ({"teacher": "nothing/at/all"}, "'nothing/at/all' does not exist"),
         ({"save_strategy": "sometimes"}, "invalid choice: 'sometimes'"),
     ],
 )

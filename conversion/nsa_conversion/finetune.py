@@ -69,7 +69,7 @@ from .loss import PositionBucket, format_position_table, loss_by_position, mean_
 from .parsing import HelpFormatter
 from .plots import plot_loss_curve, plot_position_loss, require_matplotlib
 from .recipe import Recipe, run_recipe
-from .sources import load_model
+from .sources import find_model, load_model
 from .stages import StageArguments, StageTrainerMixin, prepare_stage
 
 __all__ = [
@@ -427,6 +427,8 @@ def _check_arguments(
     for name in (*(data.train_file or []), *(data.eval_file or [])):
         if not Path(name).exists():
             raise NSAError(f"text file {name} does not exist")
+    if stage.teacher is not None and not stage.teacher.endswith(".gguf"):
+        find_model(stage.teacher)
     require_matplotlib()
 
 

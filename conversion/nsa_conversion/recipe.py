@@ -175,8 +175,11 @@ def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **sett
         _check_source(source, *steps[0])
     for name, each in stages.items():
         if not begun.get(name, {}).get("finished"):
+            taught = each.get("teacher")
+            if taught == "source" or (taught and output.resolve() in Path(taught).resolve().parents):
+                taught = source  # a step of this recipe may not be there yet
             with _stage_named(name):
-                check_settings(source, output / name, each)
+                check_settings(source, output / name, {**each, "teacher": taught})
     before_training = {SCALED: scale_rope, CONVERTED: convert}
     wait()  # all processes have seen the same state
     for name in refused:
