@@ -15,6 +15,7 @@ from nsa_conversion.data import (
     FACTS_STATED,
     FACTS_USED,
     MIN_FACTS,
+    PackedRows,
     PackedRowsCollator,
     builtin_text,
     encode_documents,
@@ -24,6 +25,7 @@ from nsa_conversion.data import (
     read_dataset,
     read_files,
     read_text,
+    repeat_passage,
     state_facts,
 )
 from nsa_conversion.errors import NSAError
@@ -60,6 +62,12 @@ def test_read_files_takes_text_and_both_kinds_of_lines(tmp_path):
     assert read_files([tmp_path / "book.txt", lines]) == ["one\ntwo\n", "three", CHAT]
 
 
+def test_read_files_takes_byte_order_marks_and_whole_surrogate_pairs(tmp_path):
+    (tmp_path / "book.txt").write_text("one", encoding="utf-8-sig")
+    (tmp_path / "lines.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n', encoding="utf-8-sig")
+    assert read_files([tmp_path / "book.txt", tmp_path / "lines.jsonl"]) == ["one", "\U0001f600"]
+
+
 def test_read_files_takes_named_columns(tmp_path):
     path = write_lines(tmp_path / "lines.jsonl", {"body": "a text", "turns": CHAT, "text": "other"})
     assert read_files([path], text_column="body") == ["a text"]
@@ -77,6 +85,8 @@ def test_read_files_takes_named_columns(tmp_path):
         ("a.jsonl", '{"body": "x"}\n', r"needs a 'text' or a 'messages' column, it has \['body'\].*--text-column"),
         ("a.jsonl", '{"text": 3}\n', "the text must be a string, got int"),
         ("a.jsonl", '{"messages": []}\n', "must be a non-empty list"),
+        ("a.jsonl", '{"text": "ok"}\n{"text": "abc \\ud800"}\n', r"a.jsonl:2: \\ud800 is half of a character"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "\\uDC00"}]}\n', r"a.jsonl:1: \\udc00 is half of"),
         ("a.jsonl", '{"messages": [{"content": "x"}]}\n', "every message must be an object with 'role' and 'content'"),
     ],
 )
@@ -252,6 +262,16 @@ def test_passages_are_repeated_inside_long_documents():
     for other in (read(rows), read(practise_retrieval(plain, 1.0, 0.0, 150, None, seed=1))):
         assert any((a != b).any() for a, b in zip(after, other))
     assert all((a == b).all() for a, b in zip(before, read(practise_retrieval(plain, 0.0, 0.0, 150, None))))
+
+
+def test_workers_that_stay_draw_anew_too():
+    lines = np.arange(100), np.arange(200, 400)
+    rows = PackedRows([[line] for line in lines], repeat_passage)
+    loader = torch.utils.data.DataLoader(rows, batch_size=None, num_workers=1, persistent_workers=True)
+    for epoch in range(2):
+        rows.set_epoch(epoch)
+        for expected, found in zip(read(rows), loader, strict=True):
+            assert (expected == found["input_ids"].numpy()).all()
 
 
 def test_facts_are_stated_once_and_used_once_further_on(tokenizer):

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import SMALL_NSA, make_checkpoint, make_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, SchedulerType
 
 from modeling_nsa import NSAConfig, NSAForCausalLM
 from nsa_conversion import finetune
 from nsa_conversion.data import builtin_text, encode_documents
 from nsa_conversion.errors import NSAError
-from nsa_conversion.finetune import main
+from nsa_conversion.finetune import FinetuneArguments, main
 
 finetune_module = importlib.import_module("nsa_conversion.finetune")
 ROOT = Path(__file__).parents[1]
@@ -145,6 +145,46 @@ def test_resume_continues_as_if_never_stopped(tmp_path, checkpoint, text_file):
     assert states_equal(output, whole)
     resumed = [entry["loss"] for entry in json.loads((output / "log_history.json").read_text()) if "loss" in entry]
     assert resumed == losses
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 1}])
+def test_a_training_that_has_ended_takes_no_further_step(tmp_path, checkpoint, text_file, length):
+    output = tmp_path / "out"
+    settings = {**SHORT, **QUIET, "save_strategy": "steps", "save_steps": 1, "eval_slices": 0, "train_file": text_file}
+    settings |= {"gradient_accumulation_steps": 9, **length}
+    steps = finetune(checkpoint, output, **settings).steps
+    whole = shutil.copytree(output, tmp_path / "whole")
+    (output / "config.json").unlink()  # as if it was killed before the model was saved
+    assert finetune(checkpoint, output, **settings, resume_from_checkpoint="true").steps == steps
+    assert states_equal(output, whole)
+    # and where fewer steps are asked for than were taken
+    settings |= {"max_steps": 1, "resume_from_checkpoint": output / f"checkpoint-{steps}"}
+    assert finetune(checkpoint, tmp_path / "fewer", **settings).steps == steps
+    assert states_equal(tmp_path / "fewer", whole)
+
+
+@pytest.mark.parametrize("rest", [("model.safetensors",), ("model.safetensors", "trainer_state.json"), ()])
+def test_a_kill_while_a_checkpoint_is_written_costs_no_more_than_it(tmp_path, checkpoint, text_file, rest):
+    output = tmp_path / "out"
+    settings = {**SHORT, **QUIET, "save_strategy": "steps", "save_steps": 1, "eval_slices": 0, "train_file": text_file}
+    finetune(checkpoint, output, **settings)
+    whole = shutil.copytree(output, tmp_path / "whole")
+    shutil.rmtree(output / "checkpoint-2")
+    for path in (output / "checkpoint-3").iterdir():
+        if path.name in rest:
+            path.write_bytes(path.read_bytes()[:-9])
+        else:
+            path.unlink()
+    with pytest.raises(NSAError, match="checkpoint-3 was not written to its end"):
+        finetune(checkpoint, output, **settings, resume_from_checkpoint=output / "checkpoint-3")
+    assert finetune(checkpoint, output, **settings, resume_from_checkpoint="true").steps == 3
+    assert states_equal(output, whole)
+    assert finetune_module.last_whole_checkpoint(output) == output / "checkpoint-3"
+    (output / "checkpoint-x").mkdir()
+    for name in ("checkpoint-1", "checkpoint-2", "checkpoint-3"):
+        (output / name / "trainer_state.json").unlink()
+    with pytest.raises(NSAError, match="there is no checkpoint in"):
+        finetune(checkpoint, output, **settings, resume_from_checkpoint="true")
 
 
 @pytest.mark.parametrize("source", ["nsa", "nsa_shared_mean", "dense"])
@@ -299,6 +339,52 @@ def test_refuses_a_full_output_and_never_the_source(tmp_path, checkpoint, text_f
     assert [path.name for path in output.iterdir()] == ["notes.txt"]
 
 
+def test_overwrite_deletes_nothing_before_training_begins(tmp_path, monkeypatch, checkpoint, text_file):
+    class Refuses(finetune_module._Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            raise RuntimeError("at the last moment")
+
+    output = shutil.copytree(checkpoint, tmp_path / "out")
+    (output / "checkpoint-9").mkdir()
+    monkeypatch.setattr(finetune_module, "_Trainer", Refuses)
+    with pytest.raises(RuntimeError, match="at the last moment"):
+        finetune(checkpoint, output, train_file=text_file, **SHORT, **QUIET, overwrite=True)
+    assert states_equal(output, checkpoint)
+    assert (output / "checkpoint-9").is_dir()
+
+
+def test_overwrite_never_deletes_what_the_run_reads(tmp_path, checkpoint, text_file):
+    output = tmp_path / "out"
+    shutil.copytree(checkpoint, output / "checkpoint-3")
+    shutil.copytree(checkpoint, output, dirs_exist_ok=True)
+    shutil.copy(text_file, output / "checkpoint-3" / "train.txt")
+    settings = {"train_file": text_file, **SHORT, **QUIET, "overwrite": True}
+    before = sorted(output.rglob("*"))
+    for model, changes, name in (
+        (output / "checkpoint-3", {}, "the model"),
+        (checkpoint, {"stage": "adapt", "teacher": str(output)}, "--teacher"),
+        (checkpoint, {"train_file": output / "checkpoint-3" / "train.txt"}, "--train-file"),
+        (checkpoint, {"eval_file": output / "." / "checkpoint-3" / "train.txt"}, "--eval-file"),
+    ):
+        with pytest.raises(NSAError, match=f"--overwrite would delete {name} .*out.* choose another one"):
+            finetune(model, output, **settings | changes)
+    assert sorted(output.rglob("*")) == before
+
+
+def test_a_checkpoint_of_another_run_opens_no_full_output(tmp_path, checkpoint, text_file):
+    settings = {"train_file": text_file, **SHORT, **QUIET, "save_strategy": "steps", "save_steps": 1, "eval_slices": 0}
+    finetune(checkpoint, tmp_path / "other", **settings)
+    settings |= {"resume_from_checkpoint": tmp_path / "other" / "checkpoint-1", "max_steps": 2}
+    (tmp_path / "out" / "checkpoint-7").mkdir(parents=True)
+    (tmp_path / "out" / "config.json").write_text("mine")
+    with pytest.raises(NSAError, match="is not empty"):
+        finetune(checkpoint, tmp_path / "out", **settings)
+    assert (tmp_path / "out" / "config.json").read_text() == "mine"
+    finetune(checkpoint, tmp_path / "out", **settings, overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2"]
+
+
 def test_overwrite_replaces_an_earlier_run_only(tmp_path, checkpoint, text_file):
     output = tmp_path / "out"
     settings = {"train_file": text_file, **SHORT, "use_cpu": True, "disable_tqdm": True}
@@ -345,6 +431,18 @@ def test_a_failed_save_leaves_no_half_model(tmp_path, monkeypatch, checkpoint, t
             {"train_file": "TEXT", "lora": True, "lora_target_modules": ["q_proj", "qproj", "mlp"]},
             r"\['qproj', 'mlp'\] match no linear layer of the model; it has .*'q_proj'",
         ),
+        ({"train_file": "TEXT", "gradient_accumulation_steps": 0}, "--gradient-accumulation-steps must be at least 1"),
+        ({"train_file": "TEXT", "per_device_train_batch_size": 0}, "--per-device-train-batch-size must be at least 1"),
+        (
+            {"train_file": "TEXT", "report_to": "paper"},
+            "--report-to must be all, none or some of .*wandb.*, got 'paper'",
+        ),
+        ({"train_file": "TEXT", "metric_for_best_model": "f1"}, "must be one of loss, .*, got 'f1'"),
+        (
+            {"train_file": "TEXT", "lr_scheduler_kwargs": {"min": 1}},
+            "--lr-scheduler-kwargs .*'min'.* --lr-scheduler-ty",
+        ),
+        ({"train_file": "TEXT", "lr_scheduler_type": "cosine_with_min_lr"}, "cosine_with_min_lr: .*min_lr"),
         ({"train_file": "TEXT", "learning_rat": 1.0}, r"unknown settings \['learning_rat'\]"),
     ],
 )
@@ -357,6 +455,57 @@ def test_refuses_before_training(tmp_path, monkeypatch, checkpoint, text_file, s
     with pytest.raises(NSAError, match=error):
         finetune(checkpoint, tmp_path / "out", **settings, **QUIET)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch, checkpoint, text_file):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(shutil.copytree(checkpoint, tmp_path / "model").parent)
+    for name in ("train.txt", "eval.txt"):
+        shutil.copy(text_file, tmp_path / name)
+    settings = {"train_file": "~/train.txt", "eval_file": ["~/eval.txt"], **SHORT, **QUIET}
+    report = finetune("~/model", "~/out", **settings)
+    assert report.output_dir == tmp_path / "out"
+    assert (tmp_path / "out" / "nsa_conversion.json").is_file()
+    assert not (tmp_path / "~").exists()
+    with pytest.raises(NSAError, match="is the model itself"):
+        finetune("~/model", "~/model", **settings, overwrite=True)
+
+
+def test_refuses_tokens_that_the_embedding_lacks(tmp_path, checkpoint, text_file):
+    small = make_nsa(tmp_path / "small", vocab_size=100)
+    with pytest.raises(NSAError, match=r"gives token \d{3}, and the model's embedding ends at 99; put the tokenizer"):
+        finetune(small, tmp_path / "out", train_file=text_file, **SHORT, **QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_refuses_reports_to_what_is_not_installed(tmp_path, monkeypatch, checkpoint, text_file):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    with pytest.raises(NSAError, match=r"--report-to wandb: .*pip install wandb"):
+        finetune(checkpoint, tmp_path / "out", train_file=text_file, report_to="wandb", **QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("schedule", list(SchedulerType))
+def test_no_schedule_is_refused_that_trainer_takes(tmp_path, schedule):
+    more = {
+        "cosine_with_min_lr": {"min_lr": 0.1},
+        "cosine_warmup_with_min_lr": {"min_lr": 0.1},
+        "warmup_stable_decay": {"num_decay_steps": 1},
+    }
+    settings = {"lr_scheduler_type": schedule, "lr_scheduler_kwargs": more.get(schedule.value)}
+    finetune_module._check_training(FinetuneArguments(str(tmp_path), eval_strategy="steps", use_cpu=True, **settings))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"train_file": "missing.txt"}, {"model": "missing"}, {"lora": True, "lora_target_modules": ["qproj"]}]
+)
+def test_makes_no_repository_for_a_mistake(tmp_path, monkeypatch, checkpoint, text_file, changes):
+    made = []
+    monkeypatch.setattr(finetune_module, "_make_repository", made.append)
+    settings = {"model": checkpoint, "train_file": text_file, **changes}
+    with pytest.raises(NSAError):
+        finetune(output_dir=tmp_path / "out", push_to_hub=True, **settings, **SHORT, **QUIET)
+    assert made == []
 
 
 @pytest.mark.parametrize(

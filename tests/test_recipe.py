@@ -13,12 +13,13 @@ import pytest
 import torch
 import yaml
 from tiny import SMALL_NSA, make_checkpoint
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nsa_conversion import cli
 from nsa_conversion.card import model_card
 from nsa_conversion.data import builtin_text
 from nsa_conversion.errors import NSAError
+from nsa_conversion.finetune import check_settings, read_settings
 from nsa_conversion.recipe import Recipe, load_yaml, run_recipe
 from nsa_conversion.rope import scale_rope
 
@@ -70,6 +71,51 @@ def test_an_interrupted_recipe_goes_on_where_it_was(dense, tmp_path, monkeypatch
     assert "was run with other settings" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_recipe_killed_while_it_writes_a_checkpoint_goes_on(dense, tmp_path, monkeypatch, step):
+    recipe = Recipe({**RECIPE, "stages": RECIPE["stages"][:1]})
+    arguments = (dense, tmp_path / "out", recipe)
+    save = finetune_module._StageTrainer._save_optimizer_and_scheduler
+
+    def killed(trainer, *args, **kwargs):
+        if trainer.state.global_step == step:
+            raise KeyboardInterrupt
+        save(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(finetune_module._StageTrainer, "_save_optimizer_and_scheduler", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(*arguments, train_file=[str(dense.parent / "text.txt")])
+    monkeypatch.undo()
+    assert (tmp_path / "out" / "warm" / f"checkpoint-{step}").is_dir()
+    warm = run_recipe(*arguments, train_file=[str(dense.parent / "text.txt")])
+    history = json.loads((warm / "log_history.json").read_text())
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2]
+
+
+def test_a_mistake_does_not_block_the_output_of_a_recipe(dense, tmp_path, monkeypatch):
+    text = dense.parent / "text.txt"
+    recipe = Recipe({**RECIPE, "stages": RECIPE["stages"][:1]})
+    monkeypatch.chdir(dense.parent)
+    monkeypatch.setenv("HOME", str(dense.parent))
+    with pytest.raises(NSAError, match="does not exist"):
+        run_recipe("nothing/at/all", tmp_path / "out", recipe, train_file=[str(text)])
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "short.txt").write_text("a")
+    with pytest.raises(NSAError, match="the longest in a row"):
+        run_recipe(dense, tmp_path / "out", recipe, train_file=[str(tmp_path / "short.txt")])
+    converted = (tmp_path / "out" / "converted" / "model.safetensors").stat().st_mtime_ns
+    warm = run_recipe(dense, tmp_path / "out", recipe, train_file=["text.txt"])
+    model = (warm / "model.safetensors").stat().st_mtime_ns
+    for source in ("dense", "./dense", "dense/", "~/dense"):  # however it is written
+        assert run_recipe(source, tmp_path / "out", recipe, train_file=[str(text)]) == warm
+    assert (warm / "model.safetensors").stat().st_mtime_ns == model
+    assert (tmp_path / "out" / "converted" / "model.safetensors").stat().st_mtime_ns == converted
+    with pytest.raises(NSAError, match=r"step 'converted' .* was run with other settings"):
+        run_recipe(dense, tmp_path / "out", Recipe({**RECIPE, "convert": {**SMALL_NSA, "seed": 3}}))
+    with pytest.raises(NSAError, match=r"step 'warm' .* was run with other settings"):
+        run_recipe(dense, tmp_path / "out", recipe, train_file=["text.txt"], seed=3)
+
+
 def test_a_recipe_says_what_is_wrong_with_it(dense, tmp_path, capsys):
     stage = {"name": "a", "stage": "warmup"}
     for content, message in (
@@ -83,6 +129,9 @@ def test_a_recipe_says_what_is_wrong_with_it(dense, tmp_path, capsys):
         ({"stages": [stage], "convert": True}, "must be a mapping of settings"),
         ({"stages": [stage], "yarn_factor": 1}, "YaRN factor must be a number above 1, got 1"),
         ({"stages": [{**stage, "name": "scaled"}]}, "two steps are named 'scaled'"),
+        ({"stages": [stage], True: 1}, "unknown keys .'True'"),
+        ({"stages": [{**stage, True: 1, "rate": 1}]}, "unknown settings .'True', 'rate'"),
+        ({"stages": [stage], "convert": {True: 1, "size": 3}}, "unknown settings .'True', 'size'"),
     ):
         with pytest.raises(NSAError, match=message):
             Recipe(content)
@@ -93,6 +142,63 @@ def test_a_recipe_says_what_is_wrong_with_it(dense, tmp_path, capsys):
         load_yaml(tmp_path / "bad.yaml")
     assert cli.main(["finetune", str(dense), "--recipe", str(tmp_path / "none.yaml"), "--output-dir", "x"]) == 2
     assert "there is no file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_length": "8k"}, "invalid int value: '8k'"),
+        ({"max_length": 96.5}, "invalid int value: '96.5'"),
+        ({"max_steps": "many"}, "invalid int value: 'many'"),
+        ({"max_steps": {"a": 1}}, "invalid int value"),
+        ({"learning_rate": "fast"}, "invalid float value: 'fast'"),
+        ({"full_rows": "maybe"}, "Truthy value expected"),
+        ({"selector_target": "size"}, "invalid choice: 'size'"),
+        ({"eval_fraction": 1.5}, "--eval-fraction must be"),
+        ({"selector_weight": -1}, "--selector-weight must not be negative"),
+        ({"train_file": ["nothing.txt"]}, "nothing.txt does not exist"),
+        ({"teacher": "nothing/at/all"}, "'nothing/at/all' does not exist"),
+        ({"save_strategy": "sometimes"}, "invalid choice: 'sometimes'"),
+    ],
+)
+def test_a_mistake_in_the_last_stage_is_found_before_the_first_step(dense, tmp_path, settings, message):
+    warm, adapted = RECIPE["stages"]
+    common = {**SETTINGS, "train_file": str(dense.parent / "text.txt")}
+    recipe = Recipe({**RECIPE, "settings": common, "stages": [warm, {**adapted, **settings}]})
+    with pytest.raises(NSAError, match=f"stage 'adapted': .*{message}"):
+        run_recipe(dense, tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_layer_of_a_recipe_stays_dense(dense, tmp_path):
+    for number, (layers, message) in enumerate(((0, None), (7, "must be in 0 …"), ([0, "x"], "must look like"))):
+        convert = {**SMALL_NSA, "full_attention_layers": layers}
+        recipe, out = Recipe({"convert": convert}, stages_needed=False), tmp_path / str(number)
+        if message is None:
+            config = AutoConfig.from_pretrained(run_recipe(dense, out, recipe))
+            assert config.layer_types[:2] == ["full_attention", "native_sparse_attention"]
+        else:
+            with pytest.raises(NSAError, match=message):
+                run_recipe(dense, out, recipe)
+
+
+def test_settings_are_read_like_those_of_the_command_line(dense, tmp_path):
+    given = {"max_steps": 1.0, "max_length": 96.0, "learning_rate": "1e-4", "eval_fraction": "0.1", "seed": None}
+    given |= {"train_file": "a.txt", "lora_target_modules": ["q_proj", "k_proj"], "bf16": "no", "save_strategy": "no"}
+    given |= {"lr_scheduler_kwargs": {"min_lr": 1e-5}, "load_best_model_at_end": False, "report_to": ["none"]}
+    read = read_settings(given)
+    wanted = {**given, "max_steps": 1, "max_length": 96, "learning_rate": 1e-4, "eval_fraction": 0.1, "bf16": False}
+    wanted |= {"train_file": ["a.txt"]}
+    del wanted["seed"]
+    assert read == wanted
+    assert {name: type(value) for name, value in read.items()} == {name: type(value) for name, value in wanted.items()}
+
+
+def test_a_check_leaves_the_environment_alone(dense, tmp_path, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
+    settings = {"train_file": [str(dense.parent / "text.txt")], "torch_compile": True, "use_cpu": True}
+    check_settings(dense, tmp_path / "out", settings)
+    assert "ACCELERATE_DYNAMO_BACKEND" not in os.environ
 
 
 def test_two_processes_convert_once_and_train_together(dense, tmp_path):

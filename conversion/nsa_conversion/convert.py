@@ -134,7 +134,7 @@ class ConversionReport:
 def prepare(
     source,
     *,
-    full_attention_layers: str | Iterable[int] | None = None,
+    full_attention_layers: str | int | Iterable[int] | None = None,
     convert_sliding: bool = False,
     dtype=None,
     revision: str | None = None,
@@ -163,8 +163,10 @@ def prepare(
 
     _check_names(nsa_settings)
     nsa_settings = {name: value for name, value in nsa_settings.items() if value is not None}
-    if isinstance(full_attention_layers, str):
-        full_attention_layers = parse_layers(full_attention_layers)
+    if full_attention_layers is not None:
+        several = isinstance(full_attention_layers, Iterable) and not isinstance(full_attention_layers, str)
+        given = full_attention_layers if several else [full_attention_layers]
+        full_attention_layers = parse_layers(",".join(map(str, given)))
     if dtype is not None:
         dtype = str(parse_dtype(dtype)).removeprefix("torch.")
 
@@ -245,7 +247,7 @@ def convert(
     source,
     dest,
     *,
-    full_attention_layers: str | Iterable[int] | None = None,
+    full_attention_layers: str | int | Iterable[int] | None = None,
     convert_sliding: bool = False,
     dtype=None,
     seed: int = 0,
@@ -263,7 +265,7 @@ def convert(
         source (str | Path): a directory, a hub id or a .gguf file of a Llama, Mistral, Qwen2, Qwen3, SmolLM3 or Gemma 3
             text model.
         dest (str | Path): directory to create; must not exist or be empty.
-        full_attention_layers (str | Iterable[int] | None): layers that stay dense, e.g. `"0,5,20-23"`; default none.
+        full_attention_layers (str | int | Iterable[int] | None): dense layers, e.g. `"0,5,20-23"`; default none.
         convert_sliding (bool): make the source's sliding-window layers native sparse; otherwise they stay as they are.
         dtype (str | torch.dtype | None): of the weights; the source's by default, float32 for a GGUF file.
         seed (int): for the new parameters that do not start at zero.

@@ -79,7 +79,7 @@ def builtin_text() -> str:
 
 
 def read_text(path: str | Path) -> str:
-    """Read one UTF-8 text file.
+    """Read one UTF-8 text file, with or without a byte order mark.
 
     Args:
         path: the file.
@@ -91,7 +91,7 @@ def read_text(path: str | Path) -> str:
     if path.is_dir():
         raise NSAError(f"{path} is a directory, not a file; give a datasets directory with --dataset instead")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise NSAError(f"text file {path} does not exist") from None
     except UnicodeDecodeError as error:
@@ -149,8 +149,19 @@ def _read_json_lines(path: Path, text_column: str | None, messages_column: str |
         if not isinstance(entry, dict):
             raise NSAError(f"{where}: one JSON object per line is needed, got {type(entry).__name__}")
         column, kind = _choose_column(list(entry), text_column, messages_column, where)
+        if "\\u" in line:
+            _refuse_half_characters(entry[column], where)
         documents.append(_as_document(entry[column], kind, where))
     return documents
+
+
+def _refuse_half_characters(value: Any, where: str) -> None:
+    """JSON can name half of a surrogate pair, which no tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise NSAError(f"{where}: {half} is half of a character and cannot be encoded; take it out") from None
 
 
 def read_files(
@@ -354,15 +365,20 @@ class PackedRows(torch.utils.data.Dataset):
         seed: int = 0,
     ):
         self.rows, self.change, self.seed = rows, change, seed
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that stay see it change
         self.num_tokens = sum(len(piece) for row in rows for piece in row)
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def epoch(self) -> int:
+        """Whose random numbers are drawn."""
+        return self._epoch.item()
+
     def set_epoch(self, epoch: int) -> None:
-        """What is drawn from now on is that epoch's."""
-        self.epoch = epoch
+        """What is drawn from now on is that epoch's, in this process and the workers of its loaders."""
+        self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         pieces = self.rows[index]

@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,11 +34,14 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    get_scheduler,
     set_seed,
 )
 from transformers.hf_argparser import string_to_bool
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer_utils import HubStrategy, get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import (
     PushInProgress,
     cached_file,
@@ -64,7 +69,7 @@ from .loss import PositionBucket, format_position_table, loss_by_position, mean_
 from .parsing import HelpFormatter
 from .plots import plot_loss_curve, plot_position_loss, require_matplotlib
 from .recipe import Recipe, run_recipe
-from .sources import load_model
+from .sources import find_model, load_model
 from .stages import StageArguments, StageTrainerMixin, prepare_stage
 
 __all__ = [
@@ -73,8 +78,11 @@ __all__ = [
     "FinetuneReport",
     "LoraArguments",
     "ModelArguments",
+    "check_settings",
     "finetune",
+    "last_whole_checkpoint",
     "main",
+    "read_settings",
     "register_lora_targets",
     "setting_names",
 ]
@@ -95,6 +103,10 @@ CONVERSION_RECORD = "nsa_conversion.json"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 STAGING_DIR = ".final"
 ADAPTER_DIR = "adapter"
+# Settings that name files.
+PATHS = ("model", "train_file", "eval_file", "dataset", "teacher", "resume_from_checkpoint")
+# What an evaluation measures, by which the best checkpoint can be told.
+EVALUATED = ("loss", "runtime", "samples_per_second", "steps_per_second")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -283,6 +295,31 @@ if is_peft_available():
     register_lora_targets()
 
 
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether Trainer came to the end of writing a checkpoint: its state is the last file, and weights are there."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return any(any(checkpoint.glob(weights)) for weights in ("*model*", "global_step*"))
+
+
+def last_whole_checkpoint(output: str | Path) -> Path | None:
+    """The newest checkpoint in a directory; None where there is none that was written to its end.
+
+    Args:
+        output: the directory of a run.
+    """
+    paths = [path for path in Path(output).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return max(filter(_is_whole, paths), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _continues(args: FinetuneArguments) -> bool:
+    """Whether the run goes on with what is in its own output directory."""
+    resume = args.resume_from_checkpoint
+    return resume is not None and Path(resume).resolve().parent == Path(args.output_dir).resolve()
+
+
 def _check_output(model: str, args: FinetuneArguments) -> None:
     """Refuse an output directory that would lose or mix somebody's files; resolve the checkpoint to resume from."""
     output = Path(args.output_dir)
@@ -293,19 +330,45 @@ def _check_output(model: str, args: FinetuneArguments) -> None:
     resume = args.resume_from_checkpoint
     if resume is not None and str(resume).lower() != "false":
         if str(resume).lower() == "true":
-            resume = get_last_checkpoint(output) if output.is_dir() else None
+            resume = last_whole_checkpoint(output)
             if resume is None:
-                raise NSAError(f"--resume-from-checkpoint: there is no checkpoint in {output}")
+                raise NSAError(
+                    f"--resume-from-checkpoint: there is no checkpoint in {output} that was written to its end; start "
+                    "again without it"
+                )
         elif not Path(resume).is_dir():
             raise NSAError(f"--resume-from-checkpoint: {resume} is not a directory; give a checkpoint-… directory")
+        elif not _is_whole(Path(resume)):
+            raise NSAError(
+                f"--resume-from-checkpoint: {resume} was not written to its end, it lacks weights or "
+                f"{TRAINER_STATE_NAME}; give an earlier checkpoint"
+            )
         args.resume_from_checkpoint = str(resume)
-        return
-    args.resume_from_checkpoint = None
-    if output.is_dir() and any(output.iterdir()) and not args.overwrite:
+    else:
+        args.resume_from_checkpoint = None
+    if output.is_dir() and any(output.iterdir()) and not args.overwrite and not _continues(args):
         raise NSAError(
             f"--output-dir {output} is not empty; choose a new directory, continue the run in it with "
             "--resume-from-checkpoint, or replace it with --overwrite"
         )
+
+
+def _check_overwrite(
+    model: ModelArguments, data: DataArguments, stage: StageArguments, args: FinetuneArguments
+) -> None:
+    """Refuse to replace an earlier run that this one needs."""
+    output = Path(args.output_dir)
+    named = [("the model", model.model), ("--teacher", stage.teacher), ("--dataset", data.dataset)]
+    named += [("--train-file", each) for each in data.train_file or []]
+    named += [("--eval-file", each) for each in data.eval_file or []]
+    named += [("--resume-from-checkpoint", args.resume_from_checkpoint)]
+    removed = {path.resolve() for path in _earlier_run(output)}
+    for name, value in named:
+        if value is None:
+            continue
+        place = Path(value).resolve()
+        if place == output.resolve() or removed & {place, *place.parents}:
+            raise NSAError(f"--overwrite would delete {name} {value} in --output-dir {output}; choose another one")
 
 
 def _check_arguments(
@@ -360,8 +423,41 @@ def _check_arguments(
             f"--stage warmup trains new parts alone: set their rate with --new-parameter-lr, not --learning-rate "
             f"{args.learning_rate}"
         )
+    _check_training(args)
+    for name in (*(data.train_file or []), *(data.eval_file or [])):
+        if not Path(name).exists():
+            raise NSAError(f"text file {name} does not exist")
+    if stage.teacher is not None and not stage.teacher.endswith(".gguf"):
+        find_model(stage.teacher)
     require_matplotlib()
-    _check_output(model.model, args)
+
+
+def _check_training(args: FinetuneArguments) -> None:
+    """Refuse what Trainer would fail at once everything is loaded."""
+    for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
+        if getattr(args, name) < 1:
+            raise NSAError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise NSAError(f"--report-to must be all, none or some of {known}, got {name!r}")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError) as error:
+            raise NSAError(f"--report-to {name}: {error}") from error
+    metric = args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in EVALUATED:
+        raise NSAError(f"--metric-for-best-model must be one of {', '.join(EVALUATED)}, got {metric!r}")
+    if args.deepspeed is None:  # its configuration may bring a schedule of its own
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+        given = {"num_warmup_steps": 0, "num_training_steps": 9, "scheduler_specific_kwargs": args.lr_scheduler_kwargs}
+        try:
+            get_scheduler(args.lr_scheduler_type, optimizer, **given)
+        except (TypeError, ValueError) as error:
+            raise NSAError(
+                f"--lr-scheduler-kwargs {args.lr_scheduler_kwargs} do not suit --lr-scheduler-type "
+                f"{args.lr_scheduler_type.value}: {error}"
+            ) from error
 
 
 def _check_quantized(model: ModelArguments, lora: LoraArguments) -> None:
@@ -465,8 +561,27 @@ def _warn_about_length(config, max_length: int) -> None:
         )
 
 
+def _check_tokens(name: str, network, documents: Sequence[np.ndarray]) -> None:
+    """Refuse tokens that the embedding does not have: on a GPU they end the process without saying why."""
+    highest, rows = int(max(map(np.max, documents))), network.get_input_embeddings().num_embeddings
+    if highest >= rows:
+        raise NSAError(
+            f"the tokenizer of {name} gives token {highest}, and the model's embedding ends at {rows - 1}; put the "
+            "tokenizer there that the model was trained with, or resize_token_embeddings() and save the model"
+        )
+
+
 class _Trainer(Trainer):
-    """Uploads checkpoints from their own directories: the output directory holds no model before training has ended."""
+    """Uploads checkpoints from their own directories: the output directory holds no model before training has ended.
+
+    Takes no step beyond the last: Trainer looks only after a step whether it was one.
+    """
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         args = self.args
@@ -554,19 +669,27 @@ def _evaluation_texts(documents: Sequence[np.ndarray], max_length: int, slices: 
     return [torch.from_numpy(piece.astype(np.int64)) for piece in pieces]
 
 
+def _earlier_run(output: Path) -> list[Path]:
+    """Directories that an earlier run of this command wrote, and its weights."""
+    checkpoints = [path for path in output.glob("checkpoint-*") if path.is_dir()]
+    return [*checkpoints, output / STAGING_DIR, output / ADAPTER_DIR, *_weights(output)]
+
+
 def _remove_earlier_run(output: Path) -> None:
     """Delete what an earlier run of this command wrote, and nothing else."""
-    for path in output.glob("checkpoint-*"):
+    for path in _earlier_run(output):
         if path.is_dir():
             shutil.rmtree(path)
-    for name in (STAGING_DIR, ADAPTER_DIR):
-        shutil.rmtree(output / name, ignore_errors=True)
     _remove_weights(output)
 
 
+def _weights(output: Path) -> list[Path]:
+    """The model in `output`, config.json first: without it nothing loads what is left by mistake."""
+    return [output / "config.json", *output.glob("model*.safetensors"), output / "model.safetensors.index.json"]
+
+
 def _remove_weights(output: Path) -> None:
-    """Delete the model in `output`, config.json first: without it nothing loads what is left by mistake."""
-    for path in [output / "config.json", *output.glob("model*.safetensors"), output / "model.safetensors.index.json"]:
+    for path in _weights(output):
         path.unlink(missing_ok=True)
 
 
@@ -724,8 +847,18 @@ def _check_launch(args: FinetuneArguments) -> None:
                 )
 
 
+def _expand_home(groups: Sequence[Any]) -> None:
+    """Replace a leading ~ that no shell replaced; Trainer does so for the output directory."""
+    for group, name in itertools.product(groups, PATHS):
+        value = getattr(group, name, None)
+        if isinstance(value, list):
+            setattr(group, name, [os.path.expanduser(each) for each in value])
+        elif value is not None:
+            setattr(group, name, os.path.expanduser(str(value)))
+
+
 def _make_repository(args: FinetuneArguments) -> None:
-    """Make the repository that --push-to-hub fills, so that a refusal comes before the training."""
+    """Make the repository that --push-to-hub fills: after all other checks, before the training."""
     name = args.hub_model_id or Path(args.output_dir).absolute().name
     with hub_errors(f"--push-to-hub: cannot upload to {name}"):
         api = HfApi(token=args.hub_token)
@@ -758,7 +891,11 @@ def _run(
     args: FinetuneArguments,
 ) -> FinetuneReport:
     """Train as the argument groups say; see `finetune`."""
+    _expand_home((model, data, stage, args))
     _check_arguments(model, data, lora, stage, context, args)
+    _check_output(model.model, args)
+    if args.overwrite and not _continues(args):
+        _check_overwrite(model, data, stage, args)
     if not is_accelerate_available():
         raise NSAError("training needs the accelerate library: pip install 'nsa-transformers[train]'")
     _check_launch(args)
@@ -771,8 +908,6 @@ def _run(
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # it would only warn
     main_process = args.process_index == 0
-    if args.push_to_hub and main_process:
-        _make_repository(args)
     columns = {"text_column": data.text_column, "messages_column": data.messages_column}
     if data.train_file:
         documents = read_files(data.train_file, **columns)
@@ -801,6 +936,7 @@ def _run(
         held_out = encode_documents(eval_documents, tokenizer, progress)
     else:
         encoded, held_out = hold_out(encoded, data.eval_fraction, args.seed)
+    _check_tokens(model.model, network, [*encoded, *held_out])
     rows = pack(encoded, data.max_length, data.full_rows)
     if data.repeat_share or data.fact_share:
         shares = (data.repeat_share, data.fact_share)
@@ -821,9 +957,9 @@ def _run(
             f"of up to {data.max_length:,}; {eval_rows.num_tokens if eval_rows else 0:,} tokens held out",
             flush=True,
         )
-        if args.overwrite and args.resume_from_checkpoint is None and Path(args.output_dir).is_dir():
-            _remove_earlier_run(Path(args.output_dir))
 
+    if args.push_to_hub and main_process:
+        _make_repository(args)
     settings = {
         "model": network,
         "args": args,
@@ -867,6 +1003,8 @@ def _run(
         trainer.add_callback(first)
     else:
         first.run()
+    if main_process and args.overwrite and not _continues(args):
+        _remove_earlier_run(Path(args.output_dir))
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     after = measure("Evaluating after training")
     adapter = _save_final(trainer, tokenizer, model, source)
@@ -913,12 +1051,61 @@ def finetune(model: str | Path, output_dir: str | Path, **settings: Any) -> Fine
     settings |= {"model": str(model), "output_dir": str(output_dir)}
     if settings.get("dataset") is not None:
         settings["dataset"] = str(settings["dataset"])
-    return _run(*HfArgumentParser(ARGUMENT_CLASSES).parse_dict(settings))
+    return _run(*_groups(settings))
+
+
+def _groups(settings: dict[str, Any]) -> tuple[Any, ...]:
+    """The settings as objects of `ARGUMENT_CLASSES`."""
+    return HfArgumentParser(ARGUMENT_CLASSES).parse_dict(settings)
 
 
 def setting_names() -> set[str]:
     """What `finetune` takes beside the model and the output directory."""
     return {entry.name for group in ARGUMENT_CLASSES for entry in dataclasses.fields(group) if entry.init}
+
+
+def read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a file, each of the type that the command line gives it; None leaves the default.
+
+    Args:
+        settings: of `finetune`.
+
+    Raises:
+        NSAError: an unknown setting, or a value of the wrong type.
+    """
+    parser = _given_parser()
+    actions = {action.dest: action for action in reversed(parser._actions)}  # --name, not the --no-name behind it
+    words, read = [], {}
+    for name, value in settings.items():
+        kind = actions[name].type if name in actions else None
+        if kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, (list, tuple)) and name in actions and actions[name].nargs == "+":
+            words += [f"--{name}", *map(str, value)]
+        elif isinstance(value, (Mapping, list, tuple)) and kind not in (int, float, string_to_bool):
+            read[name] = value
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return {**read, **vars(parser.parse_args(words))}
+
+
+def check_settings(model: str | Path, output_dir: str | Path, settings: Mapping[str, Any]) -> None:
+    """Refuse what `finetune` would refuse before it loads anything, whatever `output_dir` holds.
+
+    Args:
+        model, output_dir, settings: as for `finetune`.
+
+    Raises:
+        NSAError: as `finetune`.
+    """
+    environment = dict(os.environ)
+    try:
+        groups = _groups({**settings, "model": str(model), "output_dir": str(output_dir)})
+        _expand_home(groups)
+        _check_arguments(*groups)
+    finally:  # TrainingArguments sets variables that the next one would read
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 class _Parser(HfArgumentParser):
@@ -952,6 +1139,14 @@ def _parser() -> _Parser:
     return parser
 
 
+def _given_parser() -> _Parser:
+    """A parser that returns only what was given, without defaults."""
+    parser = _parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return parser
+
+
 def _parse(
     argv: list[str],
 ) -> tuple[ModelArguments, DataArguments, LoraArguments, StageArguments, ContextArguments, FinetuneArguments]:
@@ -964,10 +1159,7 @@ def _parse(
 
 
 def _main_recipe(argv: list[str]) -> int:
-    parser = _parser()
-    for action in parser._actions:  # only what is given wins over the recipe
-        action.default = argparse.SUPPRESS
-    given = vars(parser.parse_args(argv))
+    given = vars(_given_parser().parse_args(argv))  # only what is given wins over the recipe
     recipe, output = Recipe.read(given.pop("recipe")), given.pop("output_dir", None)
     models = [given.pop(name) for name in ("positional_model", "model") if name in given]
     if len(models) != 1 or output is None:

@@ -14,18 +14,20 @@ is left as it is, one that was interrupted goes on from its last checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import NSAError
 from .rope import check_yarn_factor, scale_rope
+from .sources import find_model, resolve
 
 __all__ = ["Recipe", "load_yaml", "run_recipe"]
 
@@ -55,7 +57,7 @@ class Recipe:
     def __init__(self, content: Any, name: str = "the recipe", stages_needed: bool = True):
         if not isinstance(content, Mapping) or (stages_needed and not content.get("stages")):
             raise NSAError(f"{name} must be a mapping with a list of stages, got {content!r:.80}")
-        unknown = sorted(set(content) - {"yarn_factor", "convert", "settings", "stages"})
+        unknown = sorted(map(str, set(content) - {"yarn_factor", "convert", "settings", "stages"}))
         if unknown:
             raise NSAError(f"{name}: unknown keys {unknown}; a recipe has yarn_factor, convert, settings and stages")
         self.yarn_factor = content.get("yarn_factor")
@@ -83,12 +85,12 @@ class Recipe:
 
         known = setting_names() - set(RESERVED)
         for stage, settings in self.stages.items():
-            unknown = sorted(set(settings) - known)
+            unknown = sorted(map(str, set(settings) - known))
             if unknown:
                 raise NSAError(f"{name}: stage {stage!r} has unknown settings {unknown}; see nsa finetune --help")
         if self.convert:
             known = {*inspect.signature(convert).parameters, *NSA_SETTINGS} - {"source", "dest", "progress", "settings"}
-            unknown = sorted(set(self.convert) - known)
+            unknown = sorted(map(str, set(self.convert) - known))
             if unknown:
                 raise NSAError(f"{name}: convert has unknown settings {unknown}; see nsa convert --help")
 
@@ -139,40 +141,60 @@ def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **sett
         NSAError: a step was run with other settings before, or whatever `convert` and `finetune` refuse.
     """
     from .convert import convert
-    from .finetune import finetune
+    from .finetune import PATHS, check_settings, finetune, last_whole_checkpoint, read_settings
 
-    output, source = Path(output_dir), str(model)
+    output, source = Path(output_dir).expanduser(), os.path.expanduser(str(model))
     if output.resolve() == Path(source).resolve():
         raise NSAError(f"--output-dir {output} is the model itself; choose another directory")
-    output.mkdir(parents=True, exist_ok=True)
-    stages = {name: {**each, **settings} for name, each in recipe.stages.items()}
+    stages = {}
+    for name, each in recipe.stages.items():
+        with _stage_named(name):
+            stages[name] = read_settings({**each, **settings})
     teacher = source if recipe.yarn_factor is None else str(output / SCALED)
     main, wait = _processes(any(each.get("use_cpu") for each in stages.values()))
     steps = [] if recipe.yarn_factor is None else [(SCALED, {"factor": recipe.yarn_factor})]
     steps += [] if recipe.convert is None else [(CONVERTED, dict(recipe.convert))]
     steps += stages.items()
-    wanted, digest = {}, hashlib.sha256(source.encode())
+    wanted, digest = {}, hashlib.sha256(_resolved(source).encode())
     for name, each in steps:
-        digest.update(json.dumps([name, each], sort_keys=True, default=str).encode())
+        named = {key: _resolved(value) if key in PATHS else value for key, value in each.items()}
+        digest.update(json.dumps([name, named], sort_keys=True, default=str).encode())
         wanted[name] = digest.hexdigest()[:16]
-    begun = _read_record(output / RECORD)
+    begun, refused = _read_record(output / RECORD), []
     for name in wanted:
         if name in begun and begun[name]["settings"] != wanted[name]:
-            raise NSAError(
-                f"step {name!r} in {output} was run with other settings, data or steps before it; choose another "
-                f"--output-dir, or remove {output / name} and the steps behind it, and their entries in {RECORD}"
-            )
+            if begun[name]["finished"] or last_whole_checkpoint(output / name):
+                raise NSAError(
+                    f"step {name!r} in {output} was run with other settings, data or steps before it; choose another "
+                    f"--output-dir, or remove {output / name} and the steps behind it, and their entries in {RECORD}"
+                )
+            refused.append(name)  # nothing is lost with it
         if name not in begun and (output / name).exists():
             raise NSAError(f"{output / name} exists and is not of this recipe; choose another --output-dir")
+    if steps and not begun.get(steps[0][0], {}).get("finished"):
+        _check_source(source, *steps[0])
+    for name, each in stages.items():
+        if not begun.get(name, {}).get("finished"):
+            taught = each.get("teacher")
+            if taught == "source" or (taught and output.resolve() in Path(taught).resolve().parents):
+                taught = source  # a step of this recipe may not be there yet
+            with _stage_named(name):
+                check_settings(source, output / name, {**each, "teacher": taught})
     before_training = {SCALED: scale_rope, CONVERTED: convert}
     wait()  # all processes have seen the same state
+    for name in refused:
+        del begun[name]
+        if main:
+            shutil.rmtree(output / name, ignore_errors=True)
+    if main:
+        output.mkdir(parents=True, exist_ok=True)
     for name, each in steps:
         place = output / name
         if begun.get(name, {}).get("finished"):
             source = str(place)
             continue
         began = name in begun
-        resumable = began and any(place.glob("checkpoint-*"))
+        resumable = began and last_whole_checkpoint(place) is not None
         begun[name] = {"settings": wanted[name], "finished": False}
         wait()
         if main:
@@ -195,6 +217,34 @@ def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **sett
     if main:
         print(f"wrote the last step's model to {source}", flush=True)
     return Path(source)
+
+
+@contextlib.contextmanager
+def _stage_named(name: str) -> Iterator[None]:
+    """Say in which stage a mistake is."""
+    try:
+        yield
+    except ValueError as error:  # TrainingArguments raises others than NSAError
+        raise NSAError(f"stage {name!r}: {error}") from error
+
+
+def _resolved(value: Any) -> Any:
+    """A path, or a list of them, the same however it is written; whatever else is named stays."""
+    if isinstance(value, list):
+        return [_resolved(each) for each in value]
+    if not isinstance(value, (str, Path)):
+        return value
+    path = Path(value).expanduser()
+    return str(path.resolve() if path.exists() else value)
+
+
+def _check_source(source: str, step: str, settings: Mapping[str, Any]) -> None:
+    """Refuse what the first step cannot begin with, before anything is written."""
+    if step in (SCALED, CONVERTED) or source.endswith(".gguf"):
+        names = ("revision", "allow_pickle", "trust_remote_code")
+        resolve(source, weights=False, **{name: settings[name] for name in names if name in settings})
+    else:
+        find_model(source)
 
 
 def _processes(use_cpu: bool) -> tuple[bool, Callable[[], None]]:
