@@ -152,6 +152,21 @@ def test_finished_parts_are_not_measured_again(tmp_path, checkpoint, sparse_chec
         evaluate(*arguments, **settings)
 
 
+def test_without_resume_the_record_starts_anew_at_the_first_result(tmp_path, checkpoint, other_checkpoint):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    finished = tmp_path / "out" / "finished.json"
+    arguments = ["--text-file", str(tmp_path / "text.txt"), "--parts", "loss", "--length", "64", "--device", "cpu"]
+    arguments += ["--output", str(finished.parent)]
+    assert main([str(checkpoint), *arguments]) == 0
+    before = finished.read_text()
+    for mistake in (["--text-file", "missing.txt"], ["--against", "./no-such-directory"]):
+        with pytest.raises(NSAError, match="does not exist"):
+            main([str(checkpoint), *arguments, *mistake])
+        assert finished.read_text() == before
+    assert main([str(other_checkpoint), *arguments]) == 0
+    assert not json.loads(before).keys() & json.loads(finished.read_text()).keys()
+
+
 def test_suites_are_run_by_name(checkpoint, monkeypatch):
     calls = []
     monkeypatch.setattr(evaluate_module, "require_lm_eval", lambda: None)

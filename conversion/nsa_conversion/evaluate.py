@@ -115,6 +115,7 @@ def evaluate(
     tokenizer=None,
     haystack: str | None = None,
     finished: str | Path | None = None,
+    resume: bool = True,
     edges: Sequence[int] | None = None,
     chunk_size: int = 1024,
     dtype: str | torch.dtype | None = None,
@@ -133,6 +134,7 @@ def evaluate(
         haystack: text that the tasks hide facts in; None takes the built-in text.
         finished: JSON file of what is already measured, for models that are named: equal parts are taken from there,
             and every new one is added at once. Equal means the same files, texts and settings.
+        resume: False takes nothing from `finished`; the first result replaces what it holds.
         edges: bucket edges; None is `position_edges(length)`.
         chunk_size: tokens whose logits are held in fp32 at a time.
         dtype: weights' type for models loaded here; None is the checkpoint's own.
@@ -163,7 +165,7 @@ def evaluate(
             find_model(source)
     labels = _labels(sources)
     against_label = None if against is None else labels[0]
-    known = _Finished(finished)
+    known = _Finished(finished, resume)
     report: EvaluationReport | None = None
     # Dense first in tables, but last in time: the first model brings the tokenizer.
     for label, source in sorted(zip(labels, sources), key=lambda pair: pair[0] == against_label):
@@ -261,10 +263,10 @@ def _environment(model) -> dict[str, str]:
 class _Finished:
     """Results by what was measured, kept in a JSON file where one is given."""
 
-    def __init__(self, path: str | Path | None):
+    def __init__(self, path: str | Path | None, resume: bool):
         self.path = None if path is None else Path(path)
         self.values: dict[str, Any] = {}
-        if self.path is not None and self.path.exists():
+        if resume and self.path is not None and self.path.exists():
             try:
                 self.values = json.loads(self.path.read_text(encoding="utf-8"))
             except ValueError as error:
@@ -491,15 +493,13 @@ def main(argv: list[str]) -> int:
         raise NSAError("--resume needs the --output DIR of the run to go on with")
     settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
     settings["lm_eval"] = args.lm_eval.split(",") if args.lm_eval else ()
-    finished = None if args.output is None else Path(args.output) / "finished.json"
-    if finished is not None and not args.resume:
-        finished.unlink(missing_ok=True)
     report = evaluate(
         args.models,
         args.against,
         None if args.text_file is None else {name: read_files([name]) for name in args.text_file},
         haystack=None if args.haystack is None else read_text(args.haystack),
-        finished=finished,
+        finished=None if args.output is None else Path(args.output) / "finished.json",
+        resume=args.resume,
         dtype=args.dtype,
         device=args.device,
         trust_remote_code=args.trust_remote_code,
