@@ -134,6 +134,12 @@ def test_verify_from_the_command_line(tmp_path, llama, capsys):
     assert report["verify"]["length"] == 96
 
 
+def test_verify_of_rounded_weights_is_no_failure(tmp_path, llama, capsys):
+    command = ["convert", str(llama), str(tmp_path / "nsa"), *NSA_FLAGS, "--no-progress", "--dtype", "bfloat16"]
+    assert cli.main([*command, "--verify", "--verify-length", "40"]) == 0
+    assert "were rounded to another dtype" in capsys.readouterr().out
+
+
 def test_verify_that_fails_has_its_own_exit_code(tmp_path, llama, monkeypatch, capsys):
     verify_module = importlib.import_module("nsa_conversion.verify")
     monkeypatch.setattr(verify_module, "TOLERANCE", -1.0)

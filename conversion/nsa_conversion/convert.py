@@ -609,7 +609,7 @@ def main(argv: list[str]) -> int:
         argv (list[str]): the arguments after `nsa convert`.
 
     Returns:
-        int: 0; 1 if --verify finds that the logits are not equal.
+        int: 0; 1 if --verify finds that the logits are not equal, which rounding to another --dtype does not count as.
 
     Raises:
         NSAError, OSError: as `convert` and `verify`.
@@ -673,4 +673,4 @@ def main(argv: list[str]) -> int:
             print(f"\n{check}")
     if args.json:
         print(json.dumps(output, indent=2))
-    return 0 if exact else 1
+    return 1 if exact is False else 0
