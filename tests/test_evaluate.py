@@ -2,6 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import importlib
 import json
+import os
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -42,6 +46,15 @@ def sparse_checkpoint(tmp_path_factory, checkpoint):
     path = tmp_path_factory.mktemp("sparse") / "sparse"
     convert(str(checkpoint), str(path), **SMALL_NSA)
     return path
+
+
+def swap_tokens(path, one, other):
+    """Give two tokens of a saved tokenizer each other's ids."""
+    file = path / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab[one], vocab[other] = vocab[other], vocab[one]
+    file.write_text(json.dumps(tokenizer))
 
 
 def test_evaluate_compares_two_checkpoints(checkpoint, other_checkpoint):
@@ -87,14 +100,45 @@ def test_evaluate_takes_loaded_models_and_the_builtin_text(tmp_path):
         evaluate(model, texts=TEXT, **LOSS)
 
 
-def test_evaluate_refuses_other_vocabularies_and_empty_text(tmp_path, checkpoint):
+def test_evaluate_refuses_other_tokenizers_before_work_starts(tmp_path, checkpoint, monkeypatch):
+    other = make_checkpoint(tmp_path / "other", "llama")
+    swap_tokens(other, "Ġ", "e")
+    monkeypatch.setattr(evaluate_module, "load_model", lambda *args, **kwargs: pytest.fail("was loaded"))
+    with pytest.raises(NSAError, match="tokenizers of model-a and other make different tokens of the texts"):
+        evaluate(str(checkpoint), str(other), TEXT, length=64, slices=1, **LOSS)
+
+
+def test_a_process_of_its_own_reads_the_tokenizer_of_a_sparse_model(sparse_checkpoint):
+    # Nothing else has registered the model type there.
+    script = "import sys; from nsa_conversion.sources import find_tokenizer; print(find_tokenizer(sys.argv[1])('a'))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script, str(sparse_checkpoint)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "input_ids" in done.stdout, done.stderr
+
+
+def test_evaluate_takes_padded_vocabularies_and_refuses_ids_without_a_row(tmp_path, checkpoint):
+    settings = {"length": 64, "slices": 1, **LOSS}
     wider = make_checkpoint(tmp_path / "wider", "llama", vocab_size=300)
-    with pytest.raises(NSAError, match=r"model-a has 272 tokens in its vocabulary and wider has 300"):
-        evaluate(str(checkpoint), str(wider), TEXT, length=64, slices=1, **LOSS)
+    assert len(evaluate(str(checkpoint), str(wider), TEXT, **settings).positions["given text"]) == 2
+    narrow = make_checkpoint(tmp_path / "narrow", "llama", vocab_size=100)
+    with pytest.raises(NSAError, match=r"gives token id \d+, but the embedding of narrow has 100 rows"):
+        evaluate(str(narrow), None, TEXT, **settings)
+
+
+def test_evaluate_refuses_empty_text_and_what_is_no_model(tmp_path, checkpoint, sparse_checkpoint, monkeypatch):
     with pytest.raises(NSAError, match="text 'given text' is empty"):
         evaluate(str(checkpoint), texts="  ", **LOSS)
     with pytest.raises(NSAError, match="models is empty"):
         evaluate([], str(checkpoint), **LOSS)
+    monkeypatch.setattr(evaluate_module, "load_model", lambda *args, **kwargs: pytest.fail("was loaded"))
+    config = sparse_checkpoint / "config.json"
+    broken = shutil.copytree(sparse_checkpoint, tmp_path / "broken") / "config.json"
+    broken.write_text(config.read_text().replace('"hidden_act": "silu"', '"hidden_act": 5'))
+    with pytest.raises(NSAError, match=r"broken' cannot be loaded: .*hidden_act"):
+        evaluate([str(checkpoint), str(broken.parent)], texts=TEXT, **LOSS)
+    with pytest.raises(NSAError, match="model 'no-such-directory' cannot be loaded"):  # it could be a hub id
+        evaluate([str(checkpoint), "no-such-directory"], texts=TEXT, **LOSS)
 
 
 def test_sparse_equals_dense_where_everything_is_selected(checkpoint, sparse_checkpoint):

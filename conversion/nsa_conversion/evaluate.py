@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
+
+import modeling_nsa  # noqa: F401 - registers the NSA model type
 
 from .data import Document, builtin_text, encode_documents, read_files, read_text
 from .diagnosis import NEIGHBOURS, Diagnosis, diagnose, is_sparse
@@ -35,13 +38,15 @@ from .loss import (
 from .parsing import Parser
 from .plots import require_matplotlib
 from .report import EvaluationReport
-from .sources import find_model, load_model, resolve
+from .sources import check_token_ids, find_model, find_tokenizer, load_errors, load_model
 from .tasks import TASKS, Material, TaskResult, run_task, task_cells
 
 __all__ = ["PARTS", "QUICK", "Settings", "default_device", "evaluate", "main"]
 
 PARTS = ("loss", "tasks", "diagnosis")
 BUILTIN = "built-in text (Python help topics)"
+# Characters of each text that tokenizers are compared on.
+PROBE = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +135,7 @@ def evaluate(
         models: one or several of: a directory, hub id or GGUF file, or a loaded model (then `tokenizer` is needed).
         against: the model to compare with, usually the dense source; the same kinds of value.
         texts: name -> documents, held apart; or one text. None takes `nsa_conversion.data.builtin_text()`.
-        tokenizer: of all the models; None takes the first one's.
+        tokenizer: of all the models; None takes the first one's, which must be like those of the others.
         haystack: text that the tasks hide facts in; None takes the built-in text.
         finished: JSON file of what is already measured, for models that are named: equal parts are taken from there,
             and every new one is added at once. Equal means the same files, texts and settings.
@@ -147,7 +152,7 @@ def evaluate(
         The report.
 
     Raises:
-        NSAError: a model cannot be loaded, a text is too short, a setting is wrong, or vocabularies differ.
+        NSAError: a model cannot be loaded, a text is too short, a setting is wrong, or tokenizers differ.
     """
     settings = Settings(**settings)
     if settings.lm_eval:
@@ -158,29 +163,24 @@ def evaluate(
     if not models:
         raise NSAError("models is empty; give at least one")
     sources = models if against is None else [against, *models]
-    for source in sources:
-        if isinstance(source, (str, Path)) and str(source).endswith(".gguf"):
-            resolve(source, weights=False)
-        elif isinstance(source, (str, Path)):
-            find_model(source)
     labels = _labels(sources)
     against_label = None if against is None else labels[0]
+    # Dense first in tables, but last in time: the first model brings the tokenizer.
+    order = sorted(zip(labels, sources), key=lambda pair: pair[0] == against_label)
+    own = [_own_tokenizer(source, trust_remote_code) for _, source in order]
+    tokenizer = tokenizer or _common_tokenizer([label for label, _ in order], own, documents)
+    chosen = _encode(documents, tokenizer, settings, progress)
+    highest = max(int(ids.max()) for pieces in chosen.values() for ids in pieces)
     known = _Finished(finished, resume)
     report: EvaluationReport | None = None
-    # Dense first in tables, but last in time: the first model brings the tokenizer.
-    for label, source in sorted(zip(labels, sources), key=lambda pair: pair[0] == against_label):
+    for label, source in order:
         if isinstance(source, (str, Path)):
             place = device or default_device()
-            model, own = load_model(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
-            tokenizer = tokenizer or own
+            model, _ = load_model(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
         else:
             model = source
-        if tokenizer is None:
-            raise NSAError(f"{label} brings no tokenizer, and evaluation on text needs one; pass tokenizer=…")
-        size = model.get_input_embeddings().weight.shape[0]
+        check_token_ids(model, highest, label)
         if report is None:
-            first, vocabulary = label, size
-            chosen = _encode(documents, tokenizer, settings, progress)
             report = EvaluationReport(
                 models=dict(zip(labels, map(_name, sources))),
                 model=label,
@@ -188,11 +188,6 @@ def evaluate(
                 texts={name: [len(ids) for ids in pieces] for name, pieces in chosen.items()},
                 settings=dataclasses.asdict(settings),
                 environment=_environment(model),
-            )
-        elif size != vocabulary:
-            raise NSAError(
-                f"{first} has {vocabulary} tokens in its vocabulary and {label} has {size}; "
-                "losses per token can only be compared between models with the same tokenizer"
             )
         remember = known.of(source, dtype, tokenizer)
         run = _Run(model, label, tokenizer, settings, remember, edges=edges, chunk_size=chunk_size, progress=progress)
@@ -229,6 +224,35 @@ def _documents(texts) -> dict[str, Sequence[Document]]:
         if not any(documents) or all(isinstance(each, str) and not each.strip() for each in documents):
             raise NSAError(f"text {name!r} is empty; give at least two tokens of it, or None for the built-in text")
     return dict(texts)
+
+
+def _own_tokenizer(source, trust_remote_code: bool):
+    """The tokenizer that a model to be loaded brings, or None; refuses what is no model."""
+    if not isinstance(source, (str, Path)):
+        return None
+    if not str(source).endswith(".gguf"):
+        where = find_model(source) or str(source)
+        with load_errors(source):
+            AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+    return find_tokenizer(source, trust_remote_code=trust_remote_code)
+
+
+def _common_tokenizer(labels: Sequence[str], own: Sequence, documents):
+    """The first model's tokenizer; others that bring one must make the same tokens of the texts."""
+    if own[0] is None:
+        raise NSAError(f"{labels[0]} brings no tokenizer, and evaluation on text needs one; pass tokenizer=…")
+    texts = [str(each[0])[:PROBE] for each in documents.values()]
+    expected, *others = (
+        None if tokenizer is None else tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for tokenizer in own
+    )
+    for label, ids in zip(labels[1:], others):
+        if ids not in (None, expected):
+            raise NSAError(
+                f"the tokenizers of {labels[0]} and {label} make different tokens of the texts; losses per token can "
+                "only be compared between models with the same tokenizer, so evaluate each alone"
+            )
+    return own[0]
 
 
 def _encode(documents, tokenizer, settings: Settings, progress: bool) -> dict[str, list[torch.Tensor]]:
