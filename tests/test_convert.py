@@ -245,6 +245,13 @@ def test_tokenizer_template_and_generation_config_come_along(tmp_path, llama):
     assert GenerationConfig.from_pretrained(tmp_path / "nsa").max_new_tokens == 7
 
 
+def test_a_directory_named_like_a_carried_file_is_left_out(tmp_path, editable):
+    (editable / "LICENSES").mkdir()
+    (editable / "LICENSE").write_text("terms")
+    run(editable, tmp_path / "nsa")
+    assert {path.name for path in (tmp_path / "nsa").glob("LICENSE*")} == {"LICENSE"}
+
+
 def test_a_tokenizer_chosen_by_model_type_is_saved_so_that_it_stays(tmp_path):
     source = tiny.make_checkpoint(tmp_path / "source", "qwen2", tokenizer=False)
     alphabet = tiny.make_tokenizer(tmp_path / "scratch").get_vocab()

@@ -496,7 +496,8 @@ def _carry_over(source, directory) -> bool:
         GenerationConfig.from_model_config(source.config).save_pretrained(directory)
     else:
         patterns = (*CARRIED_FILES, "tokenization_*.py") if source.trust_remote_code else CARRIED_FILES
-        for path in sorted({path for pattern in patterns for path in source.directory.glob(pattern)}):
+        found = {path for pattern in patterns for path in source.directory.glob(pattern) if path.is_file()}
+        for path in sorted(found):
             target = directory / path.relative_to(source.directory)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
