@@ -577,6 +577,25 @@ def test_destination_must_be_new_or_empty(tmp_path, llama):
     assert sorted(os.listdir(tmp_path)) == ["empty", "new", "taken"]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_destination_may_be_a_link(tmp_path, llama, there):
+    if there:
+        (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    report = run(llama, tmp_path / "link")
+    assert report.dest == str(tmp_path / "elsewhere")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "link" / "config.json").is_file()
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "link"]
+
+
+def test_destination_must_not_be_the_working_directory(tmp_path, llama, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NSAError, match="is the working directory"):
+        run(llama, ".")
+    assert os.listdir(tmp_path) == []
+
+
 def test_destination_inside_the_source_is_refused(editable):
     with pytest.raises(NSAError, match="lies inside the source"):
         run(editable, editable / "nsa")

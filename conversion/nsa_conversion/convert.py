@@ -262,7 +262,7 @@ def convert(
     Args:
         source (str | Path): a directory, a hub id or a .gguf file of a Llama, Mistral, Qwen2, Qwen3, SmolLM3 or Gemma 3
             text model.
-        dest (str | Path): directory to create; must not exist or be empty.
+        dest (str | Path): directory to create; must not exist or be empty, nor be the working directory.
         full_attention_layers (str | Iterable[int] | None): layers that stay dense, e.g. `"0,5,20-23"`; default none.
         convert_sliding (bool): make the source's sliding-window layers native sparse; otherwise they stay as they are.
         dtype (str | torch.dtype | None): of the weights; the source's by default, float32 for a GGUF file.
@@ -284,8 +284,7 @@ def convert(
     """
     start = time.perf_counter()
     _check_names(nsa_settings)
-    dest = Path(dest).expanduser().absolute()
-    check_dest(dest)
+    dest = _place(source, dest)
     limit = _parse_size(max_shard_size)
     prepared = prepare(
         source,
@@ -297,9 +296,6 @@ def convert(
         trust_remote_code=trust_remote_code,
         **nsa_settings,
     )
-    inside = prepared.source.directory.resolve()
-    if prepared.source.kind != "gguf" and dest.resolve().is_relative_to(inside):
-        raise NSAError(f"dest {str(dest)!r} lies inside the source {str(inside)!r}; choose another place.")
     writer = _Writer(prepared, seed, limit)
     partial = dest.with_name(f"{dest.name}.partial-{os.getpid()}")
     new_parents = [parent for parent in partial.parents if not parent.exists()]
@@ -349,6 +345,17 @@ def check_dest(dest):
         raise NSAError(f"dest {str(dest)!r} exists and is not a directory.")
     if dest.is_dir() and any(dest.iterdir()):
         raise NSAError(f"dest {str(dest)!r} exists and is not empty; choose another place or empty it first.")
+
+
+def _place(source, dest):
+    """Where to write, links followed; refuses what cannot become a directory of its own."""
+    dest, source = Path(dest).expanduser().resolve(), Path(source).expanduser().resolve()
+    check_dest(dest)
+    if dest == Path.cwd():
+        raise NSAError(f"dest {str(dest)!r} is the working directory, which cannot be replaced; name one to create.")
+    if source.is_dir() and dest.is_relative_to(source):
+        raise NSAError(f"dest {str(dest)!r} lies inside the source {str(source)!r}; choose another place.")
+    return dest
 
 
 def _parse_size(size):
@@ -633,7 +640,7 @@ def main(argv: list[str]) -> int:
     if args.verify_length is not None and args.verify_length < 2:
         raise NSAError(f"--verify-length must be at least 2 tokens, got {args.verify_length}.")
     if args.dest is not None:
-        check_dest(Path(args.dest).expanduser())
+        _place(args.source, args.dest)
     if args.dry_run:
         from nsa_conversion.plan import plan
 
@@ -660,7 +667,7 @@ def main(argv: list[str]) -> int:
         text = Path(args.verify_text).read_text(encoding="utf-8") if args.verify_text else None
         check = verify(
             args.source,
-            args.dest,
+            report.dest,
             text=text,
             length=args.verify_length,
             revision=args.revision,
