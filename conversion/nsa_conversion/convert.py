@@ -637,6 +637,11 @@ def main(argv: list[str]) -> int:
         raise NSAError("DEST is required (only --dry-run can do without).")
     if args.verify_text is not None and not Path(args.verify_text).is_file():
         raise NSAError(f"--verify-text must be an existing text file, got {args.verify_text!r}.")
+    text = None
+    if args.verify_text is not None:
+        from nsa_conversion.data import read_text
+
+        text = read_text(args.verify_text)
     if args.verify_length is not None and args.verify_length < 2:
         raise NSAError(f"--verify-length must be at least 2 tokens, got {args.verify_length}.")
     if args.dest is not None:
@@ -664,7 +669,6 @@ def main(argv: list[str]) -> int:
     if args.verify:
         from nsa_conversion.verify import verify
 
-        text = Path(args.verify_text).read_text(encoding="utf-8") if args.verify_text else None
         check = verify(
             args.source,
             report.dest,
