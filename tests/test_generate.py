@@ -1,6 +1,7 @@
 # Copyright 2026 The NSA for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
 import builtins
+import io
 
 import pytest
 import torch
@@ -111,6 +112,13 @@ def test_chat_remembers_until_cleared(monkeypatch, capsys, checkpoint):
     assert seen == [["one"], ["one", "answer 1", "two"], ["three"]]
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # which of them depends on the locale
+def test_chat_refuses_what_is_not_utf8(monkeypatch, checkpoint, errors):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors))
+    with pytest.raises(NSAError, match="the message is not UTF-8 text"):
+        main([str(checkpoint), "--chat", "--device", "cpu"])
+
+
 def test_ctrl_c_ends_the_line_and_says_so_by_the_exit_code(monkeypatch, capsys, checkpoint):
     from transformers import GenerationMixin
 
@@ -130,6 +138,7 @@ def test_ctrl_c_ends_the_line_and_says_so_by_the_exit_code(monkeypatch, capsys, 
     ("arguments", "error"),
     [
         (["MODEL", "--prompt", "  "], "--prompt is empty"),
+        (["MODEL", "--prompt", "caf\udce9"], r"--prompt is not UTF-8 text \(character 3\)"),
         (["MODEL", "--prompt-file", "missing.txt"], "missing.txt does not exist"),
         (["MODEL", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
         (["MODEL", "--prompt", "x", "--temperature", "-1"], "--temperature must not be negative"),

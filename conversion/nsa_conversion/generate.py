@@ -43,6 +43,14 @@ class _CountingStreamer(TextStreamer):
         super().put(value)
 
 
+def _check_text(text: str, name: str) -> None:
+    """Refuse what Python makes of arguments and input that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise NSAError(f"{name} is not UTF-8 text (character {error.start}); set the terminal to UTF-8") from None
+
+
 def _prompt_ids(tokenizer, prompt: str | list[dict[str, str]], raw: bool) -> torch.Tensor:
     """Token ids [1, T] of a text or a conversation; text becomes a user's message where there is a chat template."""
     if raw or tokenizer.chat_template is None:
@@ -134,6 +142,9 @@ def _chat(model, tokenizer, settings: dict[str, Any]) -> None:
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return
+        except UnicodeDecodeError as error:
+            raise NSAError(f"the message is not UTF-8 text (byte {error.start}); set the terminal to UTF-8") from None
+        _check_text(message, "the message")
         if message == "/exit":
             return
         if message == "/clear":
@@ -215,6 +226,8 @@ def main(argv: list[str]) -> int:
     prompt = args.prompt if args.prompt_file is None else read_text(args.prompt_file)
     if prompt is not None and not prompt.strip():
         raise NSAError("--prompt is empty; give at least one token")
+    if prompt is not None:
+        _check_text(prompt, "--prompt")
     model, tokenizer = load_model(
         args.model, dtype=args.dtype, device=args.device or default_device(), trust_remote_code=args.trust_remote_code
     )
