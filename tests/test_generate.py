@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from tiny import make_checkpoint
+from tiny import make_checkpoint, make_model
 
 from modeling_nsa import NSAForCausalLM
 from nsa_conversion import convert, sources
@@ -55,6 +55,12 @@ def test_takes_a_conversation(loaded):
     assert generate(*loaded, messages, **settings)[0] == generate(*loaded, "Hello", **settings)[0]
     with pytest.raises(NSAError, match="cannot chat"):
         generate(*loaded, messages, raw=True, **settings)
+
+
+def test_refuses_tokens_without_an_embedding(loaded):
+    model = make_model("llama", vocab_size=60)
+    with pytest.raises(NSAError, match=r"gives token id \d+, but the embedding of the model has 60 rows"):
+        generate(model, loaded[1], "Hello", max_new_tokens=3)
 
 
 def test_command_prints_answer_and_speed(tmp_path, capsys, checkpoint):

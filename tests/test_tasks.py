@@ -135,6 +135,9 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.rows = rows
 
+    def get_input_embeddings(self):
+        return torch.nn.Embedding(300, 1)
+
     def forward(self, input_ids, use_cache, logits_to_keep):
         (ids,) = input_ids.tolist()
         logits = torch.zeros(1, len(ids), 300)
@@ -195,6 +198,13 @@ def test_a_batch_scores_as_its_rows(tokenizer, material, name, sparse, monkeypat
             assert one == two
         else:
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["passkey", "frequent_words"])
+def test_tokens_without_an_embedding_are_refused(tokenizer, material, name):
+    model = make_model("llama", vocab_size=100, max_position_embeddings=1024)
+    with pytest.raises(NSAError, match=r"gives token id \d+, but the embedding of the model has 100 rows"):
+        run_task(model, tokenizer, material, name, 1000, trials=1)
 
 
 def test_cells_have_depths_where_there_is_one_needle():

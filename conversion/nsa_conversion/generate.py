@@ -18,7 +18,7 @@ from .data import read_text
 from .errors import NSAError
 from .evaluate import default_device
 from .parsing import Parser
-from .sources import load_model
+from .sources import check_token_ids, load_model
 
 __all__ = ["generate", "main"]
 
@@ -92,11 +92,14 @@ def generate(
         of decoding after the first token.
 
     Raises:
-        NSAError: an empty prompt, a conversation without a chat template, or a bad `max_new_tokens`.
+        NSAError: an empty prompt, a token that the model has no embedding for, a conversation without a chat
+            template, or a bad `max_new_tokens`.
     """
     if max_new_tokens < 1:
         raise NSAError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    ids = _prompt_ids(tokenizer, prompt, raw).to(model.device)
+    ids = _prompt_ids(tokenizer, prompt, raw)
+    check_token_ids(model, int(ids.max()))
+    ids = ids.to(model.device)
     streamer = _CountingStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     if not stream:
         streamer.on_finalized_text = lambda text, stream_end=False: None

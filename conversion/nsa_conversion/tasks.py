@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from .errors import NSAError, listing
 from .loss import RESAMPLES
+from .sources import check_token_ids
 
 __all__ = [
     "TASKS",
@@ -110,6 +111,12 @@ class Trial(NamedTuple):
     continuation: tuple[int, ...] = ()
     contests: tuple[tuple[tuple[int, int, int], ...], ...] = ()
     max_new_tokens: int = 0
+
+    @property
+    def highest_id(self) -> int:
+        """The highest token id that is read or compared."""
+        wrong = (wrong for contest in self.contests for _, _, wrong in contest)
+        return max((*self.prompt, *self.continuation, *wrong))
 
 
 class TaskResult(NamedTuple):
@@ -569,9 +576,11 @@ def run_task(
         description: its label; None is the name of the task.
 
     Raises:
-        NSAError: an unknown task, too short a length, or a text of too few words.
+        NSAError: an unknown task, too short a length, a text of too few words, or a token that the model has no
+            embedding for.
     """
     made = make_trials(name, tokenizer, text, length, depth=depth, trials=trials, seed=seed)
+    check_token_ids(model, max(trial.highest_id for trial in made))
     score = _generated if made[0].answers else _chosen
     scores: list[float] = []
     was_training = model.training
