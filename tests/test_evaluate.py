@@ -211,6 +211,13 @@ def test_without_resume_the_record_starts_anew_at_the_first_result(tmp_path, che
     assert not json.loads(before).keys() & json.loads(finished.read_text()).keys()
 
 
+@pytest.mark.parametrize("settings", [["--quick"], ["--tasks", "passkey", "multikey", "--task-lengths", "400"]])
+def test_a_task_that_does_not_fit_is_found_before_anything_is_measured(checkpoint, monkeypatch, settings):
+    monkeypatch.setattr(evaluate_module, "load_model", lambda *args, **kwargs: pytest.fail("was loaded"))
+    with pytest.raises(NSAError, match=r"task '\w+' needs at least \d+ tokens of this tokenizer, got a task length of"):
+        main([str(checkpoint), *settings, "--device", "cpu"])
+
+
 def test_suites_are_run_by_name(checkpoint, monkeypatch):
     calls = []
     monkeypatch.setattr(evaluate_module, "require_lm_eval", lambda: None)
@@ -231,6 +238,7 @@ def test_suites_are_run_by_name(checkpoint, monkeypatch):
         ({"parts": ("loss", "speed")}, "parts must be some of loss, tasks, diagnosis, got speed"),
         ({"parts": ()}, "parts must be some of loss, tasks, diagnosis, got none"),
         ({"tasks": ("pass",)}, "task 'pass' is unknown"),
+        ({"task_lengths": (700, 0)}, "task_lengths must be at least 1 token, got 0"),
         ({"length": 1}, "length must be at least 2 tokens, got 1"),
         ({"slices": 0}, "slices must be at least 1, got 0"),
         ({"depths": 0}, "depths must be at least 1, got 0"),
@@ -297,7 +305,7 @@ def test_quick_sets_what_other_flags_do_not(checkpoint, monkeypatch):
         (["MODEL", "--haystack", "missing.txt"], "missing.txt does not exist"),
         (["MODEL", "--length", "1"], "length must be at least 2"),
         (["MODEL", "--slices", "0"], "slices must be at least 1"),
-        (["MODEL", "--dtype", "float3"], "dtype"),
+        (["MODEL", "--parts", "loss", "--dtype", "float3"], "dtype"),
         (["MODEL", "--resume"], "--resume needs the --output DIR"),
         (["MODEL", "--task-lengths", "20", "--parts", "tasks", "--device", "cpu"], "needs at least"),
     ],

@@ -219,7 +219,11 @@ def test_cells_have_depths_where_there_is_one_needle():
     ("name", "settings", "error"),
     [
         ("haystack", {}, "task 'haystack' is unknown; the tasks are passkey, needle"),
-        ("passkey", {"length": 100}, "task 'passkey' needs at least 313 tokens, got a task length of 100"),
+        (
+            "passkey",
+            {"length": 100},
+            "task 'passkey' needs at least 313 tokens of this tokenizer, got a task length of 100",
+        ),
         ("passkey", {"trials": 0}, "trials must be at least 1, got 0"),
         ("passkey", {"text": "Too few words."}, "at least 200 different words of 4 to 9 letters, got 1 in 0 sentences"),
     ],

@@ -39,7 +39,7 @@ from .parsing import Parser
 from .plots import require_matplotlib
 from .report import EvaluationReport
 from .sources import check_token_ids, find_model, find_tokenizer, load_errors, load_model
-from .tasks import TASKS, Material, TaskResult, run_task, task_cells
+from .tasks import TASKS, Material, TaskResult, make_trials, run_task, task_cells
 
 __all__ = ["PARTS", "QUICK", "Settings", "default_device", "evaluate", "main"]
 
@@ -89,6 +89,8 @@ class Settings:
         if unknown or not (self.parts or self.lm_eval):
             raise NSAError(f"parts must be some of {', '.join(PARTS)}, got {', '.join(unknown) or 'none'}")
         task_cells(self.tasks, self.task_lengths, self.depths)
+        if wrong := [length for length in self.task_lengths if length < 1]:
+            raise NSAError(f"task_lengths must be at least 1 token, got {wrong[0]}")
         for name, least in {"length": 2, "slices": 1, "depths": 1, "trials": 1, "batch_size": 1}.items():
             if getattr(self, name) < least:
                 raise NSAError(f"{name} must be at least {least}{' tokens' * (least > 1)}, got {getattr(self, name)}")
@@ -171,6 +173,11 @@ def evaluate(
     tokenizer = tokenizer or _common_tokenizer([label for label, _ in order], own, documents)
     chosen = _encode(documents, tokenizer, settings, progress)
     highest = max(int(ids.max()) for pieces in chosen.values() for ids in pieces)
+    if material is not None:
+        # Refuses a length that a task does not fit into.
+        cells = [(name, length) for name, length, _ in task_cells(settings.tasks, settings.task_lengths, 1)]
+        trials = [make_trials(name, tokenizer, material, length, trials=1)[0] for name, length in cells]
+        highest = max(highest, *(trial.highest_id for trial in trials))
     known = _Finished(finished, resume)
     report: EvaluationReport | None = None
     for label, source in order:

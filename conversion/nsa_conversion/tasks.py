@@ -416,7 +416,10 @@ def _fit(
     count, prompt = 0, (yield _render(tokenizer, draft, 0))
     least = len(prompt)
     if least > budget:
-        raise NSAError(f"task {name!r} needs at least {least + answer_tokens} tokens, got a task length of {length}")
+        raise NSAError(
+            f"task {name!r} needs at least {least + answer_tokens} tokens of this tokenizer, got a task length of "
+            f"{length}; give a longer one or leave the task out"
+        )
     too_many, guess = None, 32
     while too_many is None or too_many - count > 1:
         ids = yield _render(tokenizer, draft, guess)
