@@ -213,6 +213,8 @@ def test_cells_have_depths_where_there_is_one_needle():
         ("multikey", 100, None),
         ("multikey", 200, None),
     ]
+    # the same prompts counted twice would make intervals too narrow
+    assert task_cells(["multikey", "multikey"], [100, 100], 3) == [("multikey", 100, None)]
 
 
 @pytest.mark.parametrize(

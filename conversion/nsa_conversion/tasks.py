@@ -536,7 +536,7 @@ def _chosen(model, tokenizer, trials: Sequence[Trial]) -> list[float]:
 
 
 def task_cells(tasks: Sequence[str], lengths: Sequence[int], depths: int) -> list[tuple[str, int, float | None]]:
-    """(task, length, depth) of everything to measure.
+    """(task, length, depth) of everything to measure, each once.
 
     Args:
         tasks: keys of `TASKS`.
@@ -548,8 +548,8 @@ def task_cells(tasks: Sequence[str], lengths: Sequence[int], depths: int) -> lis
     """
     return [
         (name, length, depth)
-        for name in tasks
-        for length in lengths
+        for name in dict.fromkeys(tasks)
+        for length in dict.fromkeys(lengths)
         for depth in (np.linspace(0, 1, depths).tolist() if _task(name).by_depth else [None])
     ]
 
