@@ -497,6 +497,10 @@ def test_a_tensor_stored_twice(tmp_path):
         ({"model_type": None}, "None cannot be converted"),
         ({"model_type": "native_sparse_attention"}, "already"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
+        ({"quantization_config": "gptq"}, "quantization_config in .*config.json must be an object, got 'gptq'"),
+        ({"model_type": ["llama"]}, r"model_type in .*config.json must be a string, got \['llama'\]"),
+        ({"hidden_act": "nope"}, "has hidden_act 'nope', .* must be one of gelu"),
+        ({"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}, "has rope_type 'foo', .* must be one of def"),
         ({"num_attention_heads": 5}, "not a valid llama one"),
         ({"num_key_value_heads": 4}, "num_attention_heads.*multiple of.*num_key_value_heads"),
     ],
@@ -970,3 +974,6 @@ def test_load_model(tmp_path, llama):
         sources.load_model(llama, device="nowhere")
     with pytest.raises(NSAError, match="dtype must be"):
         sources.load_model(llama, dtype="int4")
+    edit_json(tmp_path / "nsa" / "config.json", hidden_act="nope")
+    with pytest.raises(NSAError, match="cannot be loaded: KeyError: 'nope'"):
+        sources.load_model(tmp_path / "nsa")

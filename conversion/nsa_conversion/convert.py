@@ -173,9 +173,11 @@ def prepare(
             source_config, full_attention_layers=full_attention_layers or (), convert_sliding=convert_sliding
         )
         try:
-            return NSAConfig(**backbone | changes, **{"gate_scale": True} | nsa_settings)
+            config = NSAConfig(**backbone | changes, **{"gate_scale": True} | nsa_settings)
         except (ValueError, StrictDataclassError) as error:  # the latter wraps the error that says what is wrong
             raise NSAError(str(error.__cause__ or error)) from error
+        _check_known(config)
+        return config
 
     found = resolve(
         source,
@@ -207,6 +209,23 @@ def prepare(
 def _check_names(nsa_settings):
     if unknown := sorted(set(nsa_settings) - set(NSA_SETTINGS)):
         raise NSAError(f"unknown settings {listing(unknown)}; the NSA settings are {', '.join(NSA_SETTINGS)}.")
+
+
+def _check_known(config):
+    """Refuse names that no model can be built with."""
+    from transformers.activations import ACT2FN
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope_type = config.rope_parameters.get("rope_type", "default")
+    for name, value, known in (
+        ("hidden_act", config.hidden_act, list(ACT2FN)),
+        ("rope_type", rope_type, ["default", *ROPE_INIT_FUNCTIONS]),
+    ):
+        if value not in known:
+            raise NSAError(
+                f"the source's configuration has {name} {value!r}, which transformers does not know; it must be one of "
+                f"{listing(known, 40)}."
+            )
 
 
 def _stores_another_head(reader):

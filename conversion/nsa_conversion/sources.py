@@ -274,6 +274,9 @@ def _read_config(name, directory):
     config = _read_json(path)
     if not isinstance(config, dict):
         raise NSAError(f"{path} must hold a JSON object, got {type(config).__name__}.")
+    for key, kind, what in (("model_type", str, "a string"), ("quantization_config", dict, "an object")):
+        if not isinstance(config.get(key), kind | None):
+            raise NSAError(f"{key} in {path} must be {what}, got {config[key]!r}.")
     return config
 
 
@@ -643,6 +646,8 @@ def load_errors(name):
         yield
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise NSAError(f"model {str(name)!r} cannot be loaded: {error}") from error
+    except (KeyError, TypeError) as error:  # a configuration with a name or a value that transformers does not know
+        raise NSAError(f"model {str(name)!r} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def load_model(name, *, dtype=None, device=None, trust_remote_code=False, revision=None, **settings):
