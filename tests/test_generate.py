@@ -44,6 +44,13 @@ def test_streams_the_greedy_answer(capsys, loaded, raw):
     assert speed["seconds"] > 0
 
 
+def test_a_generation_config_with_beams_and_several_answers_is_streamed_as_one(tmp_path, capsys, loaded):
+    model, tokenizer = sources.load_model(str(make_checkpoint(tmp_path / "model", "llama")))
+    model.generation_config.update(num_beams=2, num_return_sequences=2)
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    assert generate(model, tokenizer, "Hello", **settings)[0] == generate(*loaded, "Hello", **settings)[0]
+
+
 def test_can_stay_silent(capsys, loaded):
     generate(*loaded, "Hello", max_new_tokens=3, stream=False)
     assert capsys.readouterr().out == ""

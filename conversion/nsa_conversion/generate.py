@@ -111,7 +111,8 @@ def generate(
             max_new_tokens=max_new_tokens,
             streamer=streamer,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **sampling,
+            # whatever the generation config says: what is streamed is one answer, token by token
+            **{"num_beams": 1, "num_return_sequences": 1, **sampling},
         )
     except KeyboardInterrupt:
         streamer.end()  # prints what is still held back, and ends the line
