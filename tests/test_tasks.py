@@ -169,6 +169,20 @@ def test_generation_counts_the_numbers_it_writes(tokenizer, material):
     assert run_task(model, tokenizer, material, "multivalue", LENGTH, trials=2).scores == (1.0, 0.25)
 
 
+def test_generation_is_greedy_whatever_the_generation_config_says(tokenizer, material, monkeypatch):
+    model = make_model("llama", max_position_embeddings=1024)
+    seen, decode = [], tokenizer.batch_decode
+    monkeypatch.setattr(tokenizer, "batch_decode", lambda ids, **kwargs: seen.append(ids.tolist()) or decode(ids))
+    for settings in ({}, {"repetition_penalty": 9.0, "num_beams": 2, "num_return_sequences": 2, "do_sample": True}):
+        model.generation_config.update(**settings)
+        run_task(model, tokenizer, material, "passkey", 400, trials=1)
+    assert seen[0] == seen[1]
+    assert model.generation_config.num_beams == 2
+    model.generation_config.eos_token_id = seen[0][0][0]
+    run_task(model, tokenizer, material, "passkey", 400, trials=1)
+    assert len(seen[2][0]) == 1
+
+
 @pytest.mark.parametrize("name", ["multikey", "associative_recall"])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_batch_scores_as_its_rows(tokenizer, material, name, sparse, monkeypatch):

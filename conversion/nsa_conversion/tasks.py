@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
 from .errors import NSAError, listing
 from .loss import RESAMPLES
@@ -510,13 +511,14 @@ def _generated(model, tokenizer, trials: Sequence[Trial]) -> list[float]:
     inputs = _left_padded([trial.prompt for trial in trials], pad or 0, model.device)
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     inputs.pop("position_ids", None)  # `generate` numbers the tokens itself
-    output = model.generate(
-        **inputs,
-        max_new_tokens=max(trial.max_new_tokens for trial in trials),
-        pad_token_id=pad or 0,
-        # The sampling defaults of a generation config would only draw warnings in greedy search.
-        **{"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None},
-    )
+    # `generate` fills in from the model's own configuration whatever it is not told: penalties, beams, sampling.
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=pad or 0)
+    try:
+        longest = max(trial.max_new_tokens for trial in trials)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=longest)
+    finally:
+        model.generation_config = own
     texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [sum(answer in text for answer in trial.answers) / len(trial.answers) for trial, text in zip(trials, texts)]
 
