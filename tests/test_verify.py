@@ -78,6 +78,12 @@ def test_a_source_that_names_no_dtype_is_judged_by_its_tensors(tmp_path):
         assert verify(source, tmp_path / str(dtype), text=TEXT, length=64).exact is exact
 
 
+def test_the_home_directory_may_be_written_as_a_tilde(pair, monkeypatch):
+    source, nsa = pair
+    monkeypatch.setenv("HOME", str(source.parent))
+    assert verify(f"~/{source.name}", f"~/{nsa.name}", text=TEXT, length=40).exact is True
+
+
 def test_without_tokenizer_random_tokens_are_used(tmp_path):
     source = tiny.make_checkpoint(tmp_path / "source", "llama", tokenizer=False)
     convert(source, tmp_path / "nsa", progress=False, **tiny.SMALL_NSA)

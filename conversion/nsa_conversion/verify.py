@@ -87,7 +87,7 @@ def verify(
 
     from nsa_conversion.key_map import changed_window
     from nsa_conversion.loss import loss_by_position, position_edges
-    from nsa_conversion.sources import load_model, resolve
+    from nsa_conversion.sources import find_model, load_model, resolve
 
     if length is not None and length < 2:
         raise NSAError(f"length must be at least 2 tokens, got {length}.")
@@ -121,7 +121,7 @@ def verify(
         name: tuple(loss_by_position(model, ids, edges, progress=progress, description=name))
         for name, model in (("source", dense), ("NSA", nsa))
     }
-    rounded = _epsilon(AutoConfig.from_pretrained(dest).dtype) > _epsilon(_stored_dtype(found))
+    rounded = _epsilon(AutoConfig.from_pretrained(find_model(dest) or dest).dtype) > _epsilon(_stored_dtype(found))
     return VerifyReport(
         exact_tokens=exact_tokens,
         max_abs_logit_diff=difference,
