@@ -191,6 +191,17 @@ def test_module_runs_as_the_command():
     assert done.stdout.startswith("nsa ")
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "{model}", "--prompt", "x", "--device", "cpu"]])
+def test_a_reader_that_leaves_is_no_mistake(llama, arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "nsa_conversion", *(part.format(model=llama) for part in arguments)]
+    with os.fdopen(writing, "w") as closed:
+        done = subprocess.run(command, env=ENV, stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 141
+    assert "Broken" not in done.stderr
+
+
 def test_package_is_lazy_and_its_names_are_functions():
     code = (
         "import sys, nsa_conversion\n"
