@@ -315,6 +315,14 @@ def test_command_refuses(checkpoint, arguments, error):
         main([str(checkpoint) if argument == "MODEL" else argument for argument in arguments])
 
 
+def test_help_says_every_default_in_words(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "separated by commas (default: none)" in shown
+    assert "default: (" not in shown
+
+
 def test_command_refuses_unknown_choices(checkpoint):
     for flag, value in (("--tasks", "pass"), ("--parts", "speed")):
         with pytest.raises(NSAError, match=f"invalid choice: '{value}'"):

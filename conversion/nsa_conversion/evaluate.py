@@ -490,7 +490,7 @@ def _parser() -> Parser:
     tasks.add_argument("--seed", type=int, help="of prompts and intervals (default: %(default)s)")
 
     suites = parser.add_argument_group("standard suites (need lm_eval)")
-    suites.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm_eval, separated by commas")
+    suites.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm_eval, separated by commas (default: none)")
     suites.add_argument("--lm-eval-limit", type=float, metavar="N", help="examples of each, or a share if below 1")
 
     parser.add_argument("--output", metavar="DIR", help="write eval.json and eval.html here")
