@@ -170,6 +170,9 @@ def test_a_card_of_ones_own_is_kept(directory):
     (folder / "README.md").write_text("mine")
     assert write_card(folder) is None
     assert (folder / "README.md").read_text() == "mine"
+    (folder / "README.md").write_bytes(b"caf\xe9")
+    assert write_card(folder) is None
+    assert (folder / "README.md").read_bytes() == b"caf\xe9"
 
 
 def test_records_of_others_are_ignored_and_broken_ones_refused(directory):

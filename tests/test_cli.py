@@ -121,6 +121,9 @@ def test_dry_run_writes_nothing(tmp_path, llama, capsys):
     assert cli.main(["convert", str(llama), str(tmp_path / "nsa"), "--dry-run", "--json", *NSA_FLAGS]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["nsa"]["window_size"] == 12
+    for dest, message in ((llama / "nsa", "lies inside the source"), (llama, "is not empty")):
+        assert cli.main(["convert", str(llama), str(dest), "--dry-run"]) == 2
+        assert message in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
 
 
@@ -132,6 +135,20 @@ def test_verify_from_the_command_line(tmp_path, llama, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["verify"]["exact"] is True
     assert report["verify"]["length"] == 96
+
+
+def test_verify_reads_what_was_written_through_a_link(tmp_path, llama, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("elsewhere")
+    command = ["convert", str(llama), "link", *NSA_FLAGS, "--no-progress", "--verify", "--verify-length", "40"]
+    assert cli.main(command) == 0
+    assert f"Wrote {tmp_path / 'elsewhere'}" in capsys.readouterr().out
+
+
+def test_verify_of_rounded_weights_is_no_failure(tmp_path, llama, capsys):
+    command = ["convert", str(llama), str(tmp_path / "nsa"), *NSA_FLAGS, "--no-progress", "--dtype", "bfloat16"]
+    assert cli.main([*command, "--verify", "--verify-length", "40"]) == 0
+    assert "were rounded to another dtype" in capsys.readouterr().out
 
 
 def test_verify_that_fails_has_its_own_exit_code(tmp_path, llama, monkeypatch, capsys):
@@ -172,6 +189,17 @@ def test_module_runs_as_the_command():
         [sys.executable, "-m", "nsa_conversion", "--version"], env=ENV, capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("nsa ")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "{model}", "--prompt", "x", "--device", "cpu"]])
+def test_a_reader_that_leaves_is_no_mistake(llama, arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "nsa_conversion", *(part.format(model=llama) for part in arguments)]
+    with os.fdopen(writing, "w") as closed:
+        done = subprocess.run(command, env=ENV, stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 141
+    assert "Broken" not in done.stderr
 
 
 def test_package_is_lazy_and_its_names_are_functions():

@@ -245,6 +245,13 @@ def test_tokenizer_template_and_generation_config_come_along(tmp_path, llama):
     assert GenerationConfig.from_pretrained(tmp_path / "nsa").max_new_tokens == 7
 
 
+def test_a_directory_named_like_a_carried_file_is_left_out(tmp_path, editable):
+    (editable / "LICENSES").mkdir()
+    (editable / "LICENSE").write_text("terms")
+    run(editable, tmp_path / "nsa")
+    assert {path.name for path in (tmp_path / "nsa").glob("LICENSE*")} == {"LICENSE"}
+
+
 def test_a_tokenizer_chosen_by_model_type_is_saved_so_that_it_stays(tmp_path):
     source = tiny.make_checkpoint(tmp_path / "source", "qwen2", tokenizer=False)
     alphabet = tiny.make_tokenizer(tmp_path / "scratch").get_vocab()
@@ -490,6 +497,10 @@ def test_a_tensor_stored_twice(tmp_path):
         ({"model_type": None}, "None cannot be converted"),
         ({"model_type": "native_sparse_attention"}, "already"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
+        ({"quantization_config": "gptq"}, "quantization_config in .*config.json must be an object, got 'gptq'"),
+        ({"model_type": ["llama"]}, r"model_type in .*config.json must be a string, got \['llama'\]"),
+        ({"hidden_act": "nope"}, "has hidden_act 'nope', .* must be one of gelu"),
+        ({"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}, "has rope_type 'foo', .* must be one of def"),
         ({"num_attention_heads": 5}, "not a valid llama one"),
         ({"num_key_value_heads": 4}, "num_attention_heads.*multiple of.*num_key_value_heads"),
     ],
@@ -568,6 +579,25 @@ def test_destination_must_be_new_or_empty(tmp_path, llama):
     assert weights.stat().st_mode == config.stat().st_mode
     run(llama, tmp_path / "new" / "deep")
     assert sorted(os.listdir(tmp_path)) == ["empty", "new", "taken"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_destination_may_be_a_link(tmp_path, llama, there):
+    if there:
+        (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    report = run(llama, tmp_path / "link")
+    assert report.dest == str(tmp_path / "elsewhere")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "link" / "config.json").is_file()
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "link"]
+
+
+def test_destination_must_not_be_the_working_directory(tmp_path, llama, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NSAError, match="is the working directory"):
+        run(llama, ".")
+    assert os.listdir(tmp_path) == []
 
 
 def test_destination_inside_the_source_is_refused(editable):
@@ -944,3 +974,6 @@ def test_load_model(tmp_path, llama):
         sources.load_model(llama, device="nowhere")
     with pytest.raises(NSAError, match="dtype must be"):
         sources.load_model(llama, dtype="int4")
+    edit_json(tmp_path / "nsa" / "config.json", hidden_act="nope")
+    with pytest.raises(NSAError, match="cannot be loaded: KeyError: 'nope'"):
+        sources.load_model(tmp_path / "nsa")

@@ -2,6 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import importlib
 import json
+import os
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -42,6 +46,15 @@ def sparse_checkpoint(tmp_path_factory, checkpoint):
     path = tmp_path_factory.mktemp("sparse") / "sparse"
     convert(str(checkpoint), str(path), **SMALL_NSA)
     return path
+
+
+def swap_tokens(path, one, other):
+    """Give two tokens of a saved tokenizer each other's ids."""
+    file = path / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab[one], vocab[other] = vocab[other], vocab[one]
+    file.write_text(json.dumps(tokenizer))
 
 
 def test_evaluate_compares_two_checkpoints(checkpoint, other_checkpoint):
@@ -87,14 +100,45 @@ def test_evaluate_takes_loaded_models_and_the_builtin_text(tmp_path):
         evaluate(model, texts=TEXT, **LOSS)
 
 
-def test_evaluate_refuses_other_vocabularies_and_empty_text(tmp_path, checkpoint):
+def test_evaluate_refuses_other_tokenizers_before_work_starts(tmp_path, checkpoint, monkeypatch):
+    other = make_checkpoint(tmp_path / "other", "llama")
+    swap_tokens(other, "Ġ", "e")
+    monkeypatch.setattr(evaluate_module, "load_model", lambda *args, **kwargs: pytest.fail("was loaded"))
+    with pytest.raises(NSAError, match="tokenizers of model-a and other make different tokens of the texts"):
+        evaluate(str(checkpoint), str(other), TEXT, length=64, slices=1, **LOSS)
+
+
+def test_a_process_of_its_own_reads_the_tokenizer_of_a_sparse_model(sparse_checkpoint):
+    # Nothing else has registered the model type there.
+    script = "import sys; from nsa_conversion.sources import find_tokenizer; print(find_tokenizer(sys.argv[1])('a'))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script, str(sparse_checkpoint)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "input_ids" in done.stdout, done.stderr
+
+
+def test_evaluate_takes_padded_vocabularies_and_refuses_ids_without_a_row(tmp_path, checkpoint):
+    settings = {"length": 64, "slices": 1, **LOSS}
     wider = make_checkpoint(tmp_path / "wider", "llama", vocab_size=300)
-    with pytest.raises(NSAError, match=r"model-a has 272 tokens in its vocabulary and wider has 300"):
-        evaluate(str(checkpoint), str(wider), TEXT, length=64, slices=1, **LOSS)
+    assert len(evaluate(str(checkpoint), str(wider), TEXT, **settings).positions["given text"]) == 2
+    narrow = make_checkpoint(tmp_path / "narrow", "llama", vocab_size=100)
+    with pytest.raises(NSAError, match=r"gives token id \d+, but the embedding of narrow has 100 rows"):
+        evaluate(str(narrow), None, TEXT, **settings)
+
+
+def test_evaluate_refuses_empty_text_and_what_is_no_model(tmp_path, checkpoint, sparse_checkpoint, monkeypatch):
     with pytest.raises(NSAError, match="text 'given text' is empty"):
         evaluate(str(checkpoint), texts="  ", **LOSS)
     with pytest.raises(NSAError, match="models is empty"):
         evaluate([], str(checkpoint), **LOSS)
+    monkeypatch.setattr(evaluate_module, "load_model", lambda *args, **kwargs: pytest.fail("was loaded"))
+    config = sparse_checkpoint / "config.json"
+    broken = shutil.copytree(sparse_checkpoint, tmp_path / "broken") / "config.json"
+    broken.write_text(config.read_text().replace('"hidden_act": "silu"', '"hidden_act": 5'))
+    with pytest.raises(NSAError, match=r"broken' cannot be loaded: .*hidden_act"):
+        evaluate([str(checkpoint), str(broken.parent)], texts=TEXT, **LOSS)
+    with pytest.raises(NSAError, match="model 'no-such-directory' cannot be loaded"):  # it could be a hub id
+        evaluate([str(checkpoint), "no-such-directory"], texts=TEXT, **LOSS)
 
 
 def test_sparse_equals_dense_where_everything_is_selected(checkpoint, sparse_checkpoint):
@@ -152,6 +196,28 @@ def test_finished_parts_are_not_measured_again(tmp_path, checkpoint, sparse_chec
         evaluate(*arguments, **settings)
 
 
+def test_without_resume_the_record_starts_anew_at_the_first_result(tmp_path, checkpoint, other_checkpoint):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    finished = tmp_path / "out" / "finished.json"
+    arguments = ["--text-file", str(tmp_path / "text.txt"), "--parts", "loss", "--length", "64", "--device", "cpu"]
+    arguments += ["--output", str(finished.parent)]
+    assert main([str(checkpoint), *arguments]) == 0
+    before = finished.read_text()
+    for mistake in (["--text-file", "missing.txt"], ["--against", "./no-such-directory"]):
+        with pytest.raises(NSAError, match="does not exist"):
+            main([str(checkpoint), *arguments, *mistake])
+        assert finished.read_text() == before
+    assert main([str(other_checkpoint), *arguments]) == 0
+    assert not json.loads(before).keys() & json.loads(finished.read_text()).keys()
+
+
+@pytest.mark.parametrize("settings", [["--quick"], ["--tasks", "passkey", "multikey", "--task-lengths", "400"]])
+def test_a_task_that_does_not_fit_is_found_before_anything_is_measured(checkpoint, monkeypatch, settings):
+    monkeypatch.setattr(evaluate_module, "load_model", lambda *args, **kwargs: pytest.fail("was loaded"))
+    with pytest.raises(NSAError, match=r"task '\w+' needs at least \d+ tokens of this tokenizer, got a task length of"):
+        main([str(checkpoint), *settings, "--device", "cpu"])
+
+
 def test_suites_are_run_by_name(checkpoint, monkeypatch):
     calls = []
     monkeypatch.setattr(evaluate_module, "require_lm_eval", lambda: None)
@@ -172,6 +238,7 @@ def test_suites_are_run_by_name(checkpoint, monkeypatch):
         ({"parts": ("loss", "speed")}, "parts must be some of loss, tasks, diagnosis, got speed"),
         ({"parts": ()}, "parts must be some of loss, tasks, diagnosis, got none"),
         ({"tasks": ("pass",)}, "task 'pass' is unknown"),
+        ({"task_lengths": (700, 0)}, "task_lengths must be at least 1 token, got 0"),
         ({"length": 1}, "length must be at least 2 tokens, got 1"),
         ({"slices": 0}, "slices must be at least 1, got 0"),
         ({"depths": 0}, "depths must be at least 1, got 0"),
@@ -238,7 +305,7 @@ def test_quick_sets_what_other_flags_do_not(checkpoint, monkeypatch):
         (["MODEL", "--haystack", "missing.txt"], "missing.txt does not exist"),
         (["MODEL", "--length", "1"], "length must be at least 2"),
         (["MODEL", "--slices", "0"], "slices must be at least 1"),
-        (["MODEL", "--dtype", "float3"], "dtype"),
+        (["MODEL", "--parts", "loss", "--dtype", "float3"], "dtype"),
         (["MODEL", "--resume"], "--resume needs the --output DIR"),
         (["MODEL", "--task-lengths", "20", "--parts", "tasks", "--device", "cpu"], "needs at least"),
     ],
@@ -246,6 +313,14 @@ def test_quick_sets_what_other_flags_do_not(checkpoint, monkeypatch):
 def test_command_refuses(checkpoint, arguments, error):
     with pytest.raises(NSAError, match=error):
         main([str(checkpoint) if argument == "MODEL" else argument for argument in arguments])
+
+
+def test_help_says_every_default_in_words(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "separated by commas (default: none)" in shown
+    assert "default: (" not in shown
 
 
 def test_command_refuses_unknown_choices(checkpoint):

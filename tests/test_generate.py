@@ -1,10 +1,11 @@
 # Copyright 2026 The NSA for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
 import builtins
+import io
 
 import pytest
 import torch
-from tiny import make_checkpoint
+from tiny import make_checkpoint, make_model
 
 from modeling_nsa import NSAForCausalLM
 from nsa_conversion import convert, sources
@@ -43,6 +44,13 @@ def test_streams_the_greedy_answer(capsys, loaded, raw):
     assert speed["seconds"] > 0
 
 
+def test_a_generation_config_with_beams_and_several_answers_is_streamed_as_one(tmp_path, capsys, loaded):
+    model, tokenizer = sources.load_model(str(make_checkpoint(tmp_path / "model", "llama")))
+    model.generation_config.update(num_beams=2, num_return_sequences=2)
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    assert generate(model, tokenizer, "Hello", **settings)[0] == generate(*loaded, "Hello", **settings)[0]
+
+
 def test_can_stay_silent(capsys, loaded):
     generate(*loaded, "Hello", max_new_tokens=3, stream=False)
     assert capsys.readouterr().out == ""
@@ -54,6 +62,12 @@ def test_takes_a_conversation(loaded):
     assert generate(*loaded, messages, **settings)[0] == generate(*loaded, "Hello", **settings)[0]
     with pytest.raises(NSAError, match="cannot chat"):
         generate(*loaded, messages, raw=True, **settings)
+
+
+def test_refuses_tokens_without_an_embedding(loaded):
+    model = make_model("llama", vocab_size=60)
+    with pytest.raises(NSAError, match=r"gives token id \d+, but the embedding of the model has 60 rows"):
+        generate(model, loaded[1], "Hello", max_new_tokens=3)
 
 
 def test_command_prints_answer_and_speed(tmp_path, capsys, checkpoint):
@@ -111,6 +125,13 @@ def test_chat_remembers_until_cleared(monkeypatch, capsys, checkpoint):
     assert seen == [["one"], ["one", "answer 1", "two"], ["three"]]
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # which of them depends on the locale
+def test_chat_refuses_what_is_not_utf8(monkeypatch, checkpoint, errors):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors))
+    with pytest.raises(NSAError, match="the message is not UTF-8 text"):
+        main([str(checkpoint), "--chat", "--device", "cpu"])
+
+
 def test_ctrl_c_ends_the_line_and_says_so_by_the_exit_code(monkeypatch, capsys, checkpoint):
     from transformers import GenerationMixin
 
@@ -130,6 +151,7 @@ def test_ctrl_c_ends_the_line_and_says_so_by_the_exit_code(monkeypatch, capsys, 
     ("arguments", "error"),
     [
         (["MODEL", "--prompt", "  "], "--prompt is empty"),
+        (["MODEL", "--prompt", "caf\udce9"], r"--prompt is not UTF-8 text \(character 3\)"),
         (["MODEL", "--prompt-file", "missing.txt"], "missing.txt does not exist"),
         (["MODEL", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
         (["MODEL", "--prompt", "x", "--temperature", "-1"], "--temperature must not be negative"),

@@ -202,6 +202,13 @@ def test_a_refused_upload_leaves_the_trained_model(hub, tmp_path, checkpoint, te
         (lambda model: shutil.rmtree(model), "is not a directory"),
         (lambda model: (model / "config.json").unlink(), "holds no model"),
         (lambda model: (model / "config.json").write_text("{"), "is not valid JSON"),
+        (lambda model: (model / "config.json").write_text("[]"), r"config\.json must hold a JSON object, got list"),
+        (lambda model: (model / "config.json").write_bytes(b"\xe9"), r"config\.json is not UTF-8 text"),
+        (lambda model: (model / "README.md").write_bytes(b"caf\xe9"), r"README\.md is not UTF-8 text \(byte 3\)"),
+        (
+            lambda model: (model / "model.safetensors.index.json").write_text("{}"),
+            r"model\.safetensors\.index\.json has no weight_map",
+        ),
         (lambda model: (model / "model.safetensors").unlink(), r"lacks model\.safetensors"),
         (
             lambda model: (model / "model.safetensors.index.json").write_text(

@@ -102,6 +102,8 @@ MISTAKES = [
     ("convert {dense} {work}/out --max-shard-size big", "max_shard_size must be", None),
     ("convert {dense} {work}/out --revision main", "needs a hub id", None),
     ("convert {dense} {work}/out --verify --verify-text {work}/nothing", "--verify-text must be", None),
+    ("convert {dense} {work}/out --verify --verify-text {binary}", "is not UTF-8 text", None),
+    ("convert {dense} {work}/out --verify --verify-text {empty}", "is empty", None),
     ("convert {dense} {work}/out --verify --verify-length 1", "--verify-length must be at least 2", None),
     ("convert {nsa} {work}/out", "native_sparse_attention", None),
     ("convert {adapter} {work}/out", "It is a PEFT adapter", None),
@@ -217,6 +219,7 @@ def places(tmp_path_factory):
     dense = make_checkpoint(root / "dense")
     convert(dense, root / "nsa", progress=False, **SMALL_NSA)
     (root / "text.txt").write_text(builtin_text()[:4000], encoding="utf-8")
+    (root / "empty.txt").write_text(" ")
     (root / "binary.txt").write_bytes(bytes(range(256)))
     (root / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (root / "file.gguf").write_bytes(b"GGUF and then nothing")

@@ -67,33 +67,34 @@ def running(model, **popen):
 def test_openai_client(directory, expected):
     pytest.importorskip("fastapi")
     openai = pytest.importorskip("openai")
+    name = "./nsa/"  # requests name it as it is written
     # One server for all of it: to start one takes most of the time.
-    with running("nsa", cwd=directory.parent, env=ENV) as (process, port):
+    with running(name, cwd=directory.parent, env=ENV) as (process, port):
         with openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0) as client:
             settings = {"max_tokens": 12, "temperature": 0}
-            answer = client.chat.completions.create(model="nsa", messages=CHAT, **settings)
+            answer = client.chat.completions.create(model=name, messages=CHAT, **settings)
             assert answer.choices[0].message.content == expected
             assert answer.usage.completion_tokens == 12
 
-            with client.chat.completions.create(model="nsa", messages=CHAT, stream=True, **settings) as stream:
+            with client.chat.completions.create(model=name, messages=CHAT, stream=True, **settings) as stream:
                 chunks = [chunk.choices[0].delta.content for chunk in stream if chunk.choices]
             chunks = [chunk for chunk in chunks if chunk]
             assert len(chunks) > 1
             # half a character at the end is held back
             assert "".join(chunks).rstrip("\ufffd") == expected.rstrip("\ufffd")
 
-            answer = client.completions.create(model="nsa", prompt="Once upon a time", **settings)
+            answer = client.completions.create(model=name, prompt="Once upon a time", **settings)
             assert answer.usage.completion_tokens == 12
 
-            assert [model.id for model in client.models.list()] == ["nsa"]
+            assert [model.id for model in client.models.list()] == [name]
             with pytest.raises(openai.BadRequestError) as refusal:
                 client.chat.completions.create(model="other", messages=CHAT)
-            assert "pinned to 'nsa'" in refusal.value.response.text
+            assert f"pinned to '{name}'" in refusal.value.response.text
 
         process.send_signal(signal.SIGINT)
         printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0, printed
-    assert f'http://localhost:{port}/v1, model="nsa"' in printed
+    assert f'http://localhost:{port}/v1, model="{name}"' in printed
     assert printed.endswith("stopped.\n")
     assert "Traceback" not in printed
 

@@ -135,6 +135,9 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.rows = rows
 
+    def get_input_embeddings(self):
+        return torch.nn.Embedding(300, 1)
+
     def forward(self, input_ids, use_cache, logits_to_keep):
         (ids,) = input_ids.tolist()
         logits = torch.zeros(1, len(ids), 300)
@@ -164,6 +167,20 @@ def test_generation_counts_the_numbers_it_writes(tokenizer, material):
 
     model.generate = generate
     assert run_task(model, tokenizer, material, "multivalue", LENGTH, trials=2).scores == (1.0, 0.25)
+
+
+def test_generation_is_greedy_whatever_the_generation_config_says(tokenizer, material, monkeypatch):
+    model = make_model("llama", max_position_embeddings=1024)
+    seen, decode = [], tokenizer.batch_decode
+    monkeypatch.setattr(tokenizer, "batch_decode", lambda ids, **kwargs: seen.append(ids.tolist()) or decode(ids))
+    for settings in ({}, {"repetition_penalty": 9.0, "num_beams": 2, "num_return_sequences": 2, "do_sample": True}):
+        model.generation_config.update(**settings)
+        run_task(model, tokenizer, material, "passkey", 400, trials=1)
+    assert seen[0] == seen[1]
+    assert model.generation_config.num_beams == 2
+    model.generation_config.eos_token_id = seen[0][0][0]
+    run_task(model, tokenizer, material, "passkey", 400, trials=1)
+    assert len(seen[2][0]) == 1
 
 
 @pytest.mark.parametrize("name", ["multikey", "associative_recall"])
@@ -197,19 +214,32 @@ def test_a_batch_scores_as_its_rows(tokenizer, material, name, sparse, monkeypat
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["passkey", "frequent_words"])
+def test_tokens_without_an_embedding_are_refused(tokenizer, material, name):
+    model = make_model("llama", vocab_size=100, max_position_embeddings=1024)
+    with pytest.raises(NSAError, match=r"gives token id \d+, but the embedding of the model has 100 rows"):
+        run_task(model, tokenizer, material, name, 1000, trials=1)
+
+
 def test_cells_have_depths_where_there_is_one_needle():
     assert task_cells(["passkey", "multikey"], [100, 200], 3) == [
         *(("passkey", length, depth) for length in (100, 200) for depth in (0.0, 0.5, 1.0)),
         ("multikey", 100, None),
         ("multikey", 200, None),
     ]
+    # the same prompts counted twice would make intervals too narrow
+    assert task_cells(["multikey", "multikey"], [100, 100], 3) == [("multikey", 100, None)]
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "error"),
     [
         ("haystack", {}, "task 'haystack' is unknown; the tasks are passkey, needle"),
-        ("passkey", {"length": 100}, "task 'passkey' needs at least 313 tokens, got a task length of 100"),
+        (
+            "passkey",
+            {"length": 100},
+            "task 'passkey' needs at least 313 tokens of this tokenizer, got a task length of 100",
+        ),
         ("passkey", {"trials": 0}, "trials must be at least 1, got 0"),
         ("passkey", {"text": "Too few words."}, "at least 200 different words of 4 to 9 letters, got 1 in 0 sentences"),
     ],

@@ -69,6 +69,21 @@ def test_rounded_weights_get_no_verdict(tmp_path):
     assert "rounded" in str(report)
 
 
+def test_a_source_that_names_no_dtype_is_judged_by_its_tensors(tmp_path):
+    source = tiny.make_checkpoint(tmp_path / "source", "llama")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({k: v for k, v in config.items() if "dtype" not in k}))
+    for dtype, exact in ((None, True), ("bfloat16", None)):
+        convert(source, tmp_path / str(dtype), progress=False, dtype=dtype, **tiny.SMALL_NSA)
+        assert verify(source, tmp_path / str(dtype), text=TEXT, length=64).exact is exact
+
+
+def test_the_home_directory_may_be_written_as_a_tilde(pair, monkeypatch):
+    source, nsa = pair
+    monkeypatch.setenv("HOME", str(source.parent))
+    assert verify(f"~/{source.name}", f"~/{nsa.name}", text=TEXT, length=40).exact is True
+
+
 def test_without_tokenizer_random_tokens_are_used(tmp_path):
     source = tiny.make_checkpoint(tmp_path / "source", "llama", tokenizer=False)
     convert(source, tmp_path / "nsa", progress=False, **tiny.SMALL_NSA)

@@ -352,7 +352,7 @@ def write_card(directory: str | Path, **settings) -> Path | None:
         The path, or None where a card that somebody wrote was left alone.
     """
     path = Path(directory) / "README.md"
-    if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
+    if path.is_file() and MARK.encode() not in path.read_bytes():  # in whatever encoding
         return None
     path.write_text(model_card(directory, **settings).content, encoding="utf-8")
     return path

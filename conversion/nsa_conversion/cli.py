@@ -69,9 +69,20 @@ def main(argv: list[str] | None = None) -> int:
         argv (list[str] | None): the arguments after `nsa`; `sys.argv[1:]` by default.
 
     Returns:
-        int: exit code; 0 on success, 2 for a user's mistake, 130 after Ctrl-C.
+        int: exit code; 0 on success, 2 for a user's mistake, 130 after Ctrl-C, 141 where the reader of the output, such
+        as `head`, has left.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # at exit it could not be caught
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return 141
+
+
+def _run(argv):
     if argv[:1] == ["help"] and len(argv) > 1:
         argv = [argv[1], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -91,6 +102,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"nsa {command}: interrupted.", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        raise
     except ImportError as error:
         # An optional dependency that is absent is the user's to install; a broken import of our own is not.
         if debug or (error.name or "").startswith(("nsa_", "modeling_nsa")):

@@ -175,9 +175,11 @@ def prepare(
             source_config, full_attention_layers=full_attention_layers or (), convert_sliding=convert_sliding
         )
         try:
-            return NSAConfig(**backbone | changes, **{"gate_scale": True} | nsa_settings)
+            config = NSAConfig(**backbone | changes, **{"gate_scale": True} | nsa_settings)
         except (ValueError, StrictDataclassError) as error:  # the latter wraps the error that says what is wrong
             raise NSAError(str(error.__cause__ or error)) from error
+        _check_known(config)
+        return config
 
     found = resolve(
         source,
@@ -209,6 +211,23 @@ def prepare(
 def _check_names(nsa_settings):
     if unknown := sorted(set(nsa_settings) - set(NSA_SETTINGS)):
         raise NSAError(f"unknown settings {listing(unknown)}; the NSA settings are {', '.join(NSA_SETTINGS)}.")
+
+
+def _check_known(config):
+    """Refuse names that no model can be built with."""
+    from transformers.activations import ACT2FN
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope_type = config.rope_parameters.get("rope_type", "default")
+    for name, value, known in (
+        ("hidden_act", config.hidden_act, list(ACT2FN)),
+        ("rope_type", rope_type, ["default", *ROPE_INIT_FUNCTIONS]),
+    ):
+        if value not in known:
+            raise NSAError(
+                f"the source's configuration has {name} {value!r}, which transformers does not know; it must be one of "
+                f"{listing(known, 40)}."
+            )
 
 
 def _stores_another_head(reader):
@@ -264,7 +283,7 @@ def convert(
     Args:
         source (str | Path): a directory, a hub id or a .gguf file of a Llama, Mistral, Qwen2, Qwen3, SmolLM3 or Gemma 3
             text model.
-        dest (str | Path): directory to create; must not exist or be empty.
+        dest (str | Path): directory to create; must not exist or be empty, nor be the working directory.
         full_attention_layers (str | int | Iterable[int] | None): dense layers, e.g. `"0,5,20-23"`; default none.
         convert_sliding (bool): make the source's sliding-window layers native sparse; otherwise they stay as they are.
         dtype (str | torch.dtype | None): of the weights; the source's by default, float32 for a GGUF file.
@@ -286,8 +305,7 @@ def convert(
     """
     start = time.perf_counter()
     _check_names(nsa_settings)
-    dest = Path(dest).expanduser().absolute()
-    check_dest(dest)
+    dest = _place(source, dest)
     limit = _parse_size(max_shard_size)
     prepared = prepare(
         source,
@@ -299,9 +317,6 @@ def convert(
         trust_remote_code=trust_remote_code,
         **nsa_settings,
     )
-    inside = prepared.source.directory.resolve()
-    if prepared.source.kind != "gguf" and dest.resolve().is_relative_to(inside):
-        raise NSAError(f"dest {str(dest)!r} lies inside the source {str(inside)!r}; choose another place.")
     writer = _Writer(prepared, seed, limit)
     partial = dest.with_name(f"{dest.name}.partial-{os.getpid()}")
     new_parents = [parent for parent in partial.parents if not parent.exists()]
@@ -351,6 +366,17 @@ def check_dest(dest):
         raise NSAError(f"dest {str(dest)!r} exists and is not a directory.")
     if dest.is_dir() and any(dest.iterdir()):
         raise NSAError(f"dest {str(dest)!r} exists and is not empty; choose another place or empty it first.")
+
+
+def _place(source, dest):
+    """Where to write, links followed; refuses what cannot become a directory of its own."""
+    dest, source = Path(dest).expanduser().resolve(), Path(source).expanduser().resolve()
+    check_dest(dest)
+    if dest == Path.cwd():
+        raise NSAError(f"dest {str(dest)!r} is the working directory, which cannot be replaced; name one to create.")
+    if source.is_dir() and dest.is_relative_to(source):
+        raise NSAError(f"dest {str(dest)!r} lies inside the source {str(source)!r}; choose another place.")
+    return dest
 
 
 def _parse_size(size):
@@ -498,7 +524,8 @@ def _carry_over(source, directory) -> bool:
         GenerationConfig.from_model_config(source.config).save_pretrained(directory)
     else:
         patterns = (*CARRIED_FILES, "tokenization_*.py") if source.trust_remote_code else CARRIED_FILES
-        for path in sorted({path for pattern in patterns for path in source.directory.glob(pattern)}):
+        found = {path for pattern in patterns for path in source.directory.glob(pattern) if path.is_file()}
+        for path in sorted(found):
             target = directory / path.relative_to(source.directory)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
@@ -611,7 +638,7 @@ def main(argv: list[str]) -> int:
         argv (list[str]): the arguments after `nsa convert`.
 
     Returns:
-        int: 0; 1 if --verify finds that the logits are not equal.
+        int: 0; 1 if --verify finds that the logits are not equal, which rounding to another --dtype does not count as.
 
     Raises:
         NSAError, OSError: as `convert` and `verify`.
@@ -631,10 +658,15 @@ def main(argv: list[str]) -> int:
         raise NSAError("DEST is required (only --dry-run can do without).")
     if args.verify_text is not None and not Path(args.verify_text).is_file():
         raise NSAError(f"--verify-text must be an existing text file, got {args.verify_text!r}.")
+    text = None
+    if args.verify_text is not None:
+        from nsa_conversion.data import read_text
+
+        text = read_text(args.verify_text)
     if args.verify_length is not None and args.verify_length < 2:
         raise NSAError(f"--verify-length must be at least 2 tokens, got {args.verify_length}.")
     if args.dest is not None:
-        check_dest(Path(args.dest).expanduser())
+        _place(args.source, args.dest)
     if args.dry_run:
         from nsa_conversion.plan import plan
 
@@ -658,10 +690,9 @@ def main(argv: list[str]) -> int:
     if args.verify:
         from nsa_conversion.verify import verify
 
-        text = Path(args.verify_text).read_text(encoding="utf-8") if args.verify_text else None
         check = verify(
             args.source,
-            args.dest,
+            report.dest,
             text=text,
             length=args.verify_length,
             revision=args.revision,
@@ -675,4 +706,4 @@ def main(argv: list[str]) -> int:
             print(f"\n{check}")
     if args.json:
         print(json.dumps(output, indent=2))
-    return 0 if exact else 1
+    return 1 if exact is False else 0

@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
+
+import modeling_nsa  # noqa: F401 - registers the NSA model type
 
 from .data import Document, builtin_text, encode_documents, read_files, read_text
 from .diagnosis import NEIGHBOURS, Diagnosis, diagnose, is_sparse
@@ -35,13 +38,15 @@ from .loss import (
 from .parsing import Parser
 from .plots import require_matplotlib
 from .report import EvaluationReport
-from .sources import find_model, load_model, resolve
-from .tasks import TASKS, Material, TaskResult, run_task, task_cells
+from .sources import check_token_ids, find_model, find_tokenizer, load_errors, load_model
+from .tasks import TASKS, Material, TaskResult, make_trials, run_task, task_cells
 
 __all__ = ["PARTS", "QUICK", "Settings", "default_device", "evaluate", "main"]
 
 PARTS = ("loss", "tasks", "diagnosis")
 BUILTIN = "built-in text (Python help topics)"
+# Characters of each text that tokenizers are compared on.
+PROBE = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +89,8 @@ class Settings:
         if unknown or not (self.parts or self.lm_eval):
             raise NSAError(f"parts must be some of {', '.join(PARTS)}, got {', '.join(unknown) or 'none'}")
         task_cells(self.tasks, self.task_lengths, self.depths)
+        if wrong := [length for length in self.task_lengths if length < 1]:
+            raise NSAError(f"task_lengths must be at least 1 token, got {wrong[0]}")
         for name, least in {"length": 2, "slices": 1, "depths": 1, "trials": 1, "batch_size": 1}.items():
             if getattr(self, name) < least:
                 raise NSAError(f"{name} must be at least {least}{' tokens' * (least > 1)}, got {getattr(self, name)}")
@@ -115,6 +122,7 @@ def evaluate(
     tokenizer=None,
     haystack: str | None = None,
     finished: str | Path | None = None,
+    resume: bool = True,
     edges: Sequence[int] | None = None,
     chunk_size: int = 1024,
     dtype: str | torch.dtype | None = None,
@@ -129,10 +137,11 @@ def evaluate(
         models: one or several of: a directory, hub id or GGUF file, or a loaded model (then `tokenizer` is needed).
         against: the model to compare with, usually the dense source; the same kinds of value.
         texts: name -> documents, held apart; or one text. None takes `nsa_conversion.data.builtin_text()`.
-        tokenizer: of all the models; None takes the first one's.
+        tokenizer: of all the models; None takes the first one's, which must be like those of the others.
         haystack: text that the tasks hide facts in; None takes the built-in text.
         finished: JSON file of what is already measured, for models that are named: equal parts are taken from there,
             and every new one is added at once. Equal means the same files, texts and settings.
+        resume: False takes nothing from `finished`; the first result replaces what it holds.
         edges: bucket edges; None is `position_edges(length)`.
         chunk_size: tokens whose logits are held in fp32 at a time.
         dtype: weights' type for models loaded here; None is the checkpoint's own.
@@ -145,7 +154,7 @@ def evaluate(
         The report.
 
     Raises:
-        NSAError: a model cannot be loaded, a text is too short, a setting is wrong, or vocabularies differ.
+        NSAError: a model cannot be loaded, a text is too short, a setting is wrong, or tokenizers differ.
     """
     settings = Settings(**settings)
     if settings.lm_eval:
@@ -156,29 +165,29 @@ def evaluate(
     if not models:
         raise NSAError("models is empty; give at least one")
     sources = models if against is None else [against, *models]
-    for source in sources:
-        if isinstance(source, (str, Path)) and str(source).endswith(".gguf"):
-            resolve(source, weights=False)
-        elif isinstance(source, (str, Path)):
-            find_model(source)
     labels = _labels(sources)
     against_label = None if against is None else labels[0]
-    known = _Finished(finished)
-    report: EvaluationReport | None = None
     # Dense first in tables, but last in time: the first model brings the tokenizer.
-    for label, source in sorted(zip(labels, sources), key=lambda pair: pair[0] == against_label):
+    order = sorted(zip(labels, sources), key=lambda pair: pair[0] == against_label)
+    own = [_own_tokenizer(source, trust_remote_code) for _, source in order]
+    tokenizer = tokenizer or _common_tokenizer([label for label, _ in order], own, documents)
+    chosen = _encode(documents, tokenizer, settings, progress)
+    highest = max(int(ids.max()) for pieces in chosen.values() for ids in pieces)
+    if material is not None:
+        # Refuses a length that a task does not fit into.
+        cells = [(name, length) for name, length, _ in task_cells(settings.tasks, settings.task_lengths, 1)]
+        trials = [make_trials(name, tokenizer, material, length, trials=1)[0] for name, length in cells]
+        highest = max(highest, *(trial.highest_id for trial in trials))
+    known = _Finished(finished, resume)
+    report: EvaluationReport | None = None
+    for label, source in order:
         if isinstance(source, (str, Path)):
             place = device or default_device()
-            model, own = load_model(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
-            tokenizer = tokenizer or own
+            model, _ = load_model(source, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
         else:
             model = source
-        if tokenizer is None:
-            raise NSAError(f"{label} brings no tokenizer, and evaluation on text needs one; pass tokenizer=…")
-        size = model.get_input_embeddings().weight.shape[0]
+        check_token_ids(model, highest, label)
         if report is None:
-            first, vocabulary = label, size
-            chosen = _encode(documents, tokenizer, settings, progress)
             report = EvaluationReport(
                 models=dict(zip(labels, map(_name, sources))),
                 model=label,
@@ -186,11 +195,6 @@ def evaluate(
                 texts={name: [len(ids) for ids in pieces] for name, pieces in chosen.items()},
                 settings=dataclasses.asdict(settings),
                 environment=_environment(model),
-            )
-        elif size != vocabulary:
-            raise NSAError(
-                f"{first} has {vocabulary} tokens in its vocabulary and {label} has {size}; "
-                "losses per token can only be compared between models with the same tokenizer"
             )
         remember = known.of(source, dtype, tokenizer)
         run = _Run(model, label, tokenizer, settings, remember, edges=edges, chunk_size=chunk_size, progress=progress)
@@ -229,6 +233,35 @@ def _documents(texts) -> dict[str, Sequence[Document]]:
     return dict(texts)
 
 
+def _own_tokenizer(source, trust_remote_code: bool):
+    """The tokenizer that a model to be loaded brings, or None; refuses what is no model."""
+    if not isinstance(source, (str, Path)):
+        return None
+    if not str(source).endswith(".gguf"):
+        where = find_model(source) or str(source)
+        with load_errors(source):
+            AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+    return find_tokenizer(source, trust_remote_code=trust_remote_code)
+
+
+def _common_tokenizer(labels: Sequence[str], own: Sequence, documents):
+    """The first model's tokenizer; others that bring one must make the same tokens of the texts."""
+    if own[0] is None:
+        raise NSAError(f"{labels[0]} brings no tokenizer, and evaluation on text needs one; pass tokenizer=…")
+    texts = [str(each[0])[:PROBE] for each in documents.values()]
+    expected, *others = (
+        None if tokenizer is None else tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for tokenizer in own
+    )
+    for label, ids in zip(labels[1:], others):
+        if ids not in (None, expected):
+            raise NSAError(
+                f"the tokenizers of {labels[0]} and {label} make different tokens of the texts; losses per token can "
+                "only be compared between models with the same tokenizer, so evaluate each alone"
+            )
+    return own[0]
+
+
 def _encode(documents, tokenizer, settings: Settings, progress: bool) -> dict[str, list[torch.Tensor]]:
     chosen = {}
     for name, each in documents.items():
@@ -261,10 +294,10 @@ def _environment(model) -> dict[str, str]:
 class _Finished:
     """Results by what was measured, kept in a JSON file where one is given."""
 
-    def __init__(self, path: str | Path | None):
+    def __init__(self, path: str | Path | None, resume: bool):
         self.path = None if path is None else Path(path)
         self.values: dict[str, Any] = {}
-        if self.path is not None and self.path.exists():
+        if resume and self.path is not None and self.path.exists():
             try:
                 self.values = json.loads(self.path.read_text(encoding="utf-8"))
             except ValueError as error:
@@ -457,7 +490,7 @@ def _parser() -> Parser:
     tasks.add_argument("--seed", type=int, help="of prompts and intervals (default: %(default)s)")
 
     suites = parser.add_argument_group("standard suites (need lm_eval)")
-    suites.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm_eval, separated by commas")
+    suites.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm_eval, separated by commas (default: none)")
     suites.add_argument("--lm-eval-limit", type=float, metavar="N", help="examples of each, or a share if below 1")
 
     parser.add_argument("--output", metavar="DIR", help="write eval.json and eval.html here")
@@ -491,15 +524,13 @@ def main(argv: list[str]) -> int:
         raise NSAError("--resume needs the --output DIR of the run to go on with")
     settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
     settings["lm_eval"] = args.lm_eval.split(",") if args.lm_eval else ()
-    finished = None if args.output is None else Path(args.output) / "finished.json"
-    if finished is not None and not args.resume:
-        finished.unlink(missing_ok=True)
     report = evaluate(
         args.models,
         args.against,
         None if args.text_file is None else {name: read_files([name]) for name in args.text_file},
         haystack=None if args.haystack is None else read_text(args.haystack),
-        finished=finished,
+        finished=None if args.output is None else Path(args.output) / "finished.json",
+        resume=args.resume,
         dtype=args.dtype,
         device=args.device,
         trust_remote_code=args.trust_remote_code,

@@ -18,7 +18,7 @@ from .data import read_text
 from .errors import NSAError
 from .evaluate import default_device
 from .parsing import Parser
-from .sources import load_model
+from .sources import check_token_ids, load_model
 
 __all__ = ["generate", "main"]
 
@@ -41,6 +41,14 @@ class _CountingStreamer(TextStreamer):
                 self.first_token_at = time.perf_counter()
         self._prompt_seen = True
         super().put(value)
+
+
+def _check_text(text: str, name: str) -> None:
+    """Refuse what Python makes of arguments and input that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise NSAError(f"{name} is not UTF-8 text (character {error.start}); set the terminal to UTF-8") from None
 
 
 def _prompt_ids(tokenizer, prompt: str | list[dict[str, str]], raw: bool) -> torch.Tensor:
@@ -84,11 +92,14 @@ def generate(
         of decoding after the first token.
 
     Raises:
-        NSAError: an empty prompt, a conversation without a chat template, or a bad `max_new_tokens`.
+        NSAError: an empty prompt, a token that the model has no embedding for, a conversation without a chat
+            template, or a bad `max_new_tokens`.
     """
     if max_new_tokens < 1:
         raise NSAError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    ids = _prompt_ids(tokenizer, prompt, raw).to(model.device)
+    ids = _prompt_ids(tokenizer, prompt, raw)
+    check_token_ids(model, int(ids.max()))
+    ids = ids.to(model.device)
     streamer = _CountingStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     if not stream:
         streamer.on_finalized_text = lambda text, stream_end=False: None
@@ -100,7 +111,8 @@ def generate(
             max_new_tokens=max_new_tokens,
             streamer=streamer,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **sampling,
+            # whatever the generation config says: what is streamed is one answer, token by token
+            **{"num_beams": 1, "num_return_sequences": 1, **sampling},
         )
     except KeyboardInterrupt:
         streamer.end()  # prints what is still held back, and ends the line
@@ -134,6 +146,9 @@ def _chat(model, tokenizer, settings: dict[str, Any]) -> None:
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return
+        except UnicodeDecodeError as error:
+            raise NSAError(f"the message is not UTF-8 text (byte {error.start}); set the terminal to UTF-8") from None
+        _check_text(message, "the message")
         if message == "/exit":
             return
         if message == "/clear":
@@ -215,6 +230,8 @@ def main(argv: list[str]) -> int:
     prompt = args.prompt if args.prompt_file is None else read_text(args.prompt_file)
     if prompt is not None and not prompt.strip():
         raise NSAError("--prompt is empty; give at least one token")
+    if prompt is not None:
+        _check_text(prompt, "--prompt")
     model, tokenizer = load_model(
         args.model, dtype=args.dtype, device=args.device or default_device(), trust_remote_code=args.trust_remote_code
     )

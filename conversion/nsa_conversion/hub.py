@@ -86,7 +86,7 @@ def push(
         files |= _model_files(directory, files, remote_code)
     else:
         files |= _adapter_files(directory, base_model)
-    if "README.md" not in files or MARK in files["README.md"].read_text(encoding="utf-8"):
+    if "README.md" not in files or MARK in _text(files["README.md"]):
         card = model_card(directory, repo_id=repo_id, base_model=base_model, license=license, code=remote_code)
         files["README.md"] = card.content.encode()
     sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
@@ -119,11 +119,21 @@ def _find_files(directory):
     return files
 
 
+def _text(path):
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise NSAError(f"{path} is not UTF-8 text (byte {error.start}); re-encode it") from error
+
+
 def _json(path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        record = json.loads(_text(path))
+    except json.JSONDecodeError as error:
         raise NSAError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise NSAError(f"{path} must hold a JSON object, got {type(record).__name__}")
+    return record
 
 
 def _model_files(directory, files, remote_code):
@@ -133,7 +143,12 @@ def _model_files(directory, files, remote_code):
 
     config = _json(files["config.json"])
     index = "model.safetensors.index.json"
-    wanted = set(_json(files[index])["weight_map"].values()) if index in files else {"model.safetensors"}
+    wanted = {"model.safetensors"}
+    if index in files:
+        weight_map = _json(files[index]).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise NSAError(f"{files[index]} has no weight_map; save the model again")
+        wanted = set(map(str, weight_map.values()))
     if missing := sorted(wanted - files.keys()):
         raise NSAError(f"{directory} lacks {listing(missing)}: the model is not complete")
     if config.get("model_type") != MODEL_TYPE:

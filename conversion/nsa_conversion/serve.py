@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import socket
 import sys
 from pathlib import Path
@@ -61,9 +62,9 @@ def serve(
     """
     _check_packages()
     _check_port(host, port)
-    directory = _check_model(str(model))
+    name = os.path.expanduser(str(model))  # no Path: requests name the model as it is written, ./ and / included
+    _check_model(name)
     _check_device(device)
-    name = str(directory or model)
     dtype = dtype if dtype == "auto" else str(parse_dtype(dtype)).removeprefix("torch.")
     import transformers
     from transformers.cli.serve import Serve
@@ -133,7 +134,6 @@ def _check_port(host, port):
 
 
 def _check_model(name):
-    """The model's directory; None for a hub id."""
     if name.endswith(".gguf"):
         raise NSAError(f"{name!r} is a GGUF file; nsa convert makes a directory of it, which can be served")
     directory = find_model(name)
@@ -142,7 +142,6 @@ def _check_model(name):
             raise NSAError(f"{name!r} holds an @, which the server takes for a revision; rename the directory")
         if not any((directory / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
             raise NSAError(f"{name} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
-    return directory
 
 
 def _check_device(device):

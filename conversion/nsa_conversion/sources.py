@@ -17,6 +17,10 @@ from nsa_conversion.key_map import check_model_type
 __all__ = [
     "Source",
     "TensorSpec",
+    "check_token_ids",
+    "find_model",
+    "find_tokenizer",
+    "load_errors",
     "load_model",
     "load_tokenizer",
     "open_tensors",
@@ -270,6 +274,9 @@ def _read_config(name, directory):
     config = _read_json(path)
     if not isinstance(config, dict):
         raise NSAError(f"{path} must hold a JSON object, got {type(config).__name__}.")
+    for key, kind, what in (("model_type", str, "a string"), ("quantization_config", dict, "an object")):
+        if not isinstance(config.get(key), kind | None):
+            raise NSAError(f"{key} in {path} must be {what}, got {config[key]!r}.")
     return config
 
 
@@ -639,6 +646,8 @@ def load_errors(name):
         yield
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise NSAError(f"model {str(name)!r} cannot be loaded: {error}") from error
+    except (KeyError, TypeError) as error:  # a configuration with a name or a value that transformers does not know
+        raise NSAError(f"model {str(name)!r} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def load_model(name, *, dtype=None, device=None, trust_remote_code=False, revision=None, **settings):
@@ -675,13 +684,55 @@ def load_model(name, *, dtype=None, device=None, trust_remote_code=False, revisi
     kwargs = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     with load_errors(name):
         model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **kwargs, **settings)
+    return _place(model, device).eval(), find_tokenizer(name, **kwargs)
+
+
+def find_tokenizer(name, *, trust_remote_code=False, revision=None):
+    """The tokenizer that a model brings.
+
+    Args:
+        name (str | Path), trust_remote_code (bool), revision (str | None): as for `load_model`.
+
+    Returns:
+        PreTrainedTokenizerBase | None: None where there is none.
+
+    Raises:
+        NSAError: there is no model, or tokenizer files that cannot be loaded.
+    """
+    import transformers
+
+    import modeling_nsa  # noqa: F401 - registers the NSA model type
+
+    if str(name).endswith(".gguf"):
+        return load_tokenizer(resolve(name, revision=revision, weights=False))
+    where = find_model(name)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **kwargs)
+        return transformers.AutoTokenizer.from_pretrained(
+            where or str(name), trust_remote_code=trust_remote_code, revision=revision or "main"
+        )
     except (OSError, ValueError) as error:
-        if Path(where).is_dir() and any(_tokenizer_files(Path(where))):
+        if where is not None and any(_tokenizer_files(where)):
             raise NSAError(f"the tokenizer of {str(name)!r} cannot be loaded: {error}") from error
-        tokenizer = None
-    return _place(model, device).eval(), tokenizer
+        return None
+
+
+def check_token_ids(model, highest: int, name: str = "the model") -> None:
+    """Refuse token ids that a model has no embedding for.
+
+    Args:
+        model (PreTrainedModel): the model.
+        highest (int): the highest token id that it is to read.
+        name (str): of the model, for the error.
+
+    Raises:
+        NSAError: its embedding has no such row.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if highest >= rows:
+        raise NSAError(
+            f"the tokenizer gives token id {highest}, but the embedding of {name} has {rows} rows; "
+            "use the tokenizer that the model was trained with"
+        )
 
 
 def _place(model, device):

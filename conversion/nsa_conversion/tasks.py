@@ -25,9 +25,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
 from .errors import NSAError, listing
 from .loss import RESAMPLES
+from .sources import check_token_ids
 
 __all__ = [
     "TASKS",
@@ -110,6 +112,12 @@ class Trial(NamedTuple):
     continuation: tuple[int, ...] = ()
     contests: tuple[tuple[tuple[int, int, int], ...], ...] = ()
     max_new_tokens: int = 0
+
+    @property
+    def highest_id(self) -> int:
+        """The highest token id that is read or compared."""
+        wrong = (wrong for contest in self.contests for _, _, wrong in contest)
+        return max((*self.prompt, *self.continuation, *wrong))
 
 
 class TaskResult(NamedTuple):
@@ -409,7 +417,10 @@ def _fit(
     count, prompt = 0, (yield _render(tokenizer, draft, 0))
     least = len(prompt)
     if least > budget:
-        raise NSAError(f"task {name!r} needs at least {least + answer_tokens} tokens, got a task length of {length}")
+        raise NSAError(
+            f"task {name!r} needs at least {least + answer_tokens} tokens of this tokenizer, got a task length of "
+            f"{length}; give a longer one or leave the task out"
+        )
     too_many, guess = None, 32
     while too_many is None or too_many - count > 1:
         ids = yield _render(tokenizer, draft, guess)
@@ -500,13 +511,14 @@ def _generated(model, tokenizer, trials: Sequence[Trial]) -> list[float]:
     inputs = _left_padded([trial.prompt for trial in trials], pad or 0, model.device)
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     inputs.pop("position_ids", None)  # `generate` numbers the tokens itself
-    output = model.generate(
-        **inputs,
-        max_new_tokens=max(trial.max_new_tokens for trial in trials),
-        pad_token_id=pad or 0,
-        # The sampling defaults of a generation config would only draw warnings in greedy search.
-        **{"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None},
-    )
+    # `generate` fills in from the model's own configuration whatever it is not told: penalties, beams, sampling.
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=pad or 0)
+    try:
+        longest = max(trial.max_new_tokens for trial in trials)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=longest)
+    finally:
+        model.generation_config = own
     texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [sum(answer in text for answer in trial.answers) / len(trial.answers) for trial, text in zip(trials, texts)]
 
@@ -526,7 +538,7 @@ def _chosen(model, tokenizer, trials: Sequence[Trial]) -> list[float]:
 
 
 def task_cells(tasks: Sequence[str], lengths: Sequence[int], depths: int) -> list[tuple[str, int, float | None]]:
-    """(task, length, depth) of everything to measure.
+    """(task, length, depth) of everything to measure, each once.
 
     Args:
         tasks: keys of `TASKS`.
@@ -538,8 +550,8 @@ def task_cells(tasks: Sequence[str], lengths: Sequence[int], depths: int) -> lis
     """
     return [
         (name, length, depth)
-        for name in tasks
-        for length in lengths
+        for name in dict.fromkeys(tasks)
+        for length in dict.fromkeys(lengths)
         for depth in (np.linspace(0, 1, depths).tolist() if _task(name).by_depth else [None])
     ]
 
@@ -569,9 +581,11 @@ def run_task(
         description: its label; None is the name of the task.
 
     Raises:
-        NSAError: an unknown task, too short a length, or a text of too few words.
+        NSAError: an unknown task, too short a length, a text of too few words, or a token that the model has no
+            embedding for.
     """
     made = make_trials(name, tokenizer, text, length, depth=depth, trials=trials, seed=seed)
+    check_token_ids(model, max(trial.highest_id for trial in made))
     score = _generated if made[0].answers else _chosen
     scores: list[float] = []
     was_training = model.training

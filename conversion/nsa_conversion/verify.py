@@ -83,17 +83,16 @@ def verify(
         NSAError: a model cannot be loaded, `dest` is not an NSA model, the text is shorter than two tokens.
     """
     import torch
+    from transformers import AutoConfig
 
     from nsa_conversion.key_map import changed_window
     from nsa_conversion.loss import loss_by_position, position_edges
-    from nsa_conversion.sources import load_model, resolve
+    from nsa_conversion.sources import find_model, load_model, resolve
 
     if length is not None and length < 2:
         raise NSAError(f"length must be at least 2 tokens, got {length}.")
     # The same refusals as in a conversion: pickle and remote code only when asked for.
-    found = resolve(
-        source, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, weights=False
-    )
+    found = resolve(source, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     nsa, tokenizer = load_model(dest, dtype="float32")
     config = nsa.config
     if config.model_type != "native_sparse_attention":
@@ -122,7 +121,7 @@ def verify(
         name: tuple(loss_by_position(model, ids, edges, progress=progress, description=name))
         for name, model in (("source", dense), ("NSA", nsa))
     }
-    rounded = _epsilon(dest) > (_epsilon(found) if found.kind != "gguf" else torch.finfo(torch.float32).eps)
+    rounded = _epsilon(AutoConfig.from_pretrained(find_model(dest) or dest).dtype) > _epsilon(_stored_dtype(found))
     return VerifyReport(
         exact_tokens=exact_tokens,
         max_abs_logit_diff=difference,
@@ -155,12 +154,19 @@ def _token_ids(tokenizer, text, length, vocab_size):
     return ids, origin
 
 
-def _epsilon(checkpoint):
-    """Rounding step of the dtype that a checkpoint's configuration names; 0 where it names none."""
+def _stored_dtype(source):
+    """The dtype of a source's weights: what its configuration says, else its tensors."""
+    from nsa_conversion.sources import open_tensors
+
+    if source.kind == "gguf":
+        return "float32"
+    return source.config.dtype or open_tensors(source).specs["model.embed_tokens.weight"].dtype
+
+
+def _epsilon(dtype):
+    """Rounding step of a dtype."""
     import torch
-    from transformers import AutoConfig
 
-    from nsa_conversion.sources import Source, parse_dtype
+    from nsa_conversion.sources import parse_dtype
 
-    config = checkpoint.config if isinstance(checkpoint, Source) else AutoConfig.from_pretrained(checkpoint)
-    return 0.0 if config.dtype is None else torch.finfo(parse_dtype(config.dtype)).eps
+    return torch.finfo(parse_dtype(dtype)).eps
