@@ -15,7 +15,7 @@ import torch
 
 from nsa_kernels import MAX_DECODE_QUERIES, compressed_cu_seqlens, num_compressed_blocks
 
-__all__ = ["NSALayout", "build_layout", "packed_sequences", "restarts"]
+__all__ = ["NSALayout", "build_layout", "packed_sequences"]
 
 
 @dataclass
@@ -90,7 +90,7 @@ def build_layout(config, inputs_embeds, attention_mask, position_ids, past_key_v
         attention_mask: 2-D mask over past and new slots, 1 for real tokens, or None.
         position_ids: int `[B or 1, T]`, or None.
         past_key_values: Cache, or None.
-        cu_seqlens: int `[N + 1]`, or None.
+        cu_seqlens: What `packed_sequences` returns.
         rotary_emb: Maps (x, positions) to (cos, sin).
 
     Returns:
@@ -104,7 +104,6 @@ def build_layout(config, inputs_embeds, attention_mask, position_ids, past_key_v
     if isinstance(past, torch.Tensor):
         # the kernels for long chunks need the number; decoding does not wait for it, and the cache counts on in place
         past = _read(past) if T > MAX_DECODE_QUERIES else past.to(device).clone()
-    cu_seqlens = packed_sequences(B, T, attention_mask, position_ids, past_key_values, cu_seqlens)
     padding = {}
     if attention_mask is not None:
         mask = _check_mask(attention_mask, B, T, past, past_key_values).to(device)
@@ -268,20 +267,20 @@ def packed_sequences(B, T, attention_mask, position_ids, past_key_values, cu_seq
         return cu_seqlens
     if position_ids is None or attention_mask is not None or past_key_values is not None:
         return None
-    starts = restarts(position_ids)
-    if starts is None:
-        return None
-    starts = torch.nn.functional.pad(starts, (1, 0), value=True).expand(B, -1).reshape(-1).nonzero()[:, 0]
-    return torch.nn.functional.pad(starts, (0, 1), value=B * T).int()
+    return _restarts(position_ids, B)
 
 
-def restarts(position_ids) -> torch.Tensor | None:
-    """Where a new sequence starts, `[B or 1, T - 1]` for all tokens but the first, or None if nowhere."""
-    # compiled code cannot have shapes that depend on data: it is told by cu_seq_lens_q
-    if position_ids is None or torch.compiler.is_compiling():
-        return None
+@torch.compiler.disable(
+    reason="`position_ids` without a mask and a cache may pack sequences, whose shapes depend on data. With "
+    "fullgraph=True leave out `position_ids` that only count the tokens; packed sequences need fullgraph=False."
+)
+def _restarts(position_ids, B):
+    """Cumulative lengths of the sequences that `position_ids` number, or None if they are one per row."""
     jumps = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    return jumps if jumps.any() else None
+    if not jumps.any():
+        return None
+    starts = torch.nn.functional.pad(jumps, (1, 0), value=True).expand(B, -1).reshape(-1).nonzero()[:, 0]
+    return torch.nn.functional.pad(starts, (0, 1), value=position_ids.shape[1] * B).int()
 
 
 def _packed_centres(layout, position_ids):

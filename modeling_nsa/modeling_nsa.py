@@ -42,7 +42,7 @@ from .attention_nsa import (
 from .cache_nsa import prepare_cache
 from .configuration_nsa import NSA_LAYER_TYPE, NSAConfig
 from .graph_nsa import DecodeGraph, captures
-from .layout_nsa import NSALayout, build_layout, restarts
+from .layout_nsa import NSALayout, build_layout, packed_sequences
 from .liger_nsa import register_with_liger
 from .parallel_nsa import ContextShard, build_parallel_layout
 
@@ -280,19 +280,19 @@ class NSAModel(NSAPreTrainedModel):
         shard: ContextShard | None = kwargs.pop("context_shard", None)
         if shard is not None:
             _check_parallel(self.config, attention_mask, past_key_values)
+        masks = attention_mask if isinstance(attention_mask, dict) else None
+        padding_mask = masks.get(NSA_LAYER_TYPE) if masks is not None else attention_mask
+        if shard is None:
+            cu_seqlens = packed_sequences(
+                *inputs_embeds.shape[:2], padding_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q")
+            )
         # packed sequences are not cached: which row would a next token continue?
-        packed = (
-            shard is not None
-            or kwargs.get("cu_seq_lens_q") is not None
-            or (past_key_values is None and attention_mask is None and restarts(position_ids) is not None)
-        )
+        packed = shard is not None or cu_seqlens is not None
         if use_cache and past_key_values is None and not packed:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             prepare_cache(past_key_values, self.config)
 
-        masks = attention_mask if isinstance(attention_mask, dict) else None
-        padding_mask = masks.get(NSA_LAYER_TYPE) if masks is not None else attention_mask
         if shard is not None:
             layout, position_ids, position_embeddings = build_parallel_layout(
                 self.config, inputs_embeds, position_ids, shard, self.rotary_emb
@@ -305,7 +305,7 @@ class NSAModel(NSAPreTrainedModel):
                 padding_mask,
                 position_ids,
                 past_key_values,
-                kwargs.get("cu_seq_lens_q"),
+                cu_seqlens,
                 self.rotary_emb,
             )
         if masks is None:

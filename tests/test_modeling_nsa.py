@@ -72,6 +72,21 @@ def test_packed_equals_separate(variant):
     close(both[1:], logits(model, two_rows[1]))
 
 
+@pytest.mark.parametrize("variant", ["separate", "hybrid"])
+def test_compiled_code_sees_that_position_ids_restart(variant):
+    torch._dynamo.reset()
+    model, ids = make_model(variant), make_ids(1, 40)
+    positions = torch.cat((torch.arange(15), torch.arange(25)))[None]
+    separate = torch.cat((logits(model, ids[:, :15]), logits(model, ids[:, 15:])), 1)
+    compiled = torch.compile(model, backend="eager")
+    close(logits(compiled, ids, position_ids=positions), separate)
+    close(logits(compiled, ids, position_ids=torch.arange(40)[None]), logits(model, ids))
+    assert compiled(ids, position_ids=positions).past_key_values is None
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="packed sequences need fullgraph=False"):
+        whole(ids, use_cache=False, position_ids=positions)
+
+
 @every_variant
 @pytest.mark.parametrize("T", [9, 120])
 def test_no_logit_depends_on_a_later_token(variant, T):
