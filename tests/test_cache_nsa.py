@@ -142,6 +142,50 @@ def test_right_padded_rows_are_cropped_by_column(variant):
     close(torch.cat((late[1][0], late[2][0])), logits(model, ids[:1])[0, 20:])
 
 
+@pytest.mark.parametrize("variant", ["separate", "shared", "hybrid"])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_what_inference_mode_filled_goes_on_outside_it_and_back(variant, padding):
+    model, ids = make_model(variant), make_ids(2, 60)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    cache, outputs = DynamicCache(config=model.config), []
+    modes = torch.inference_mode, torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode
+    for mode, (start, stop) in zip(modes, ((0, 30), (30, 31), (31, 33), (33, 34), (34, 60)), strict=True):
+        with mode():
+            output = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
+            outputs.append(output.logits.detach().clone())
+    real = mask.bool()
+    close(torch.cat(outputs, 1)[real], logits(model, ids, attention_mask=mask)[real])
+
+
+SMALL = {"head_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.mark.parametrize("trained", ["q_proj", "gate.fc2", "compress_k.w1", "k_proj."])
+def test_gradients_through_chunks_equal_those_of_one_pass(trained):
+    """Frozen keys and values are read by the backward pass of each chunk, so that the next must not write to them."""
+    model, ids, grads = make_model(nsa_backend="triton", **SMALL), make_ids(2, 30), []
+    (parameter,) = [x for name, x in model.requires_grad_(False).named_parameters() if trained in name][:1]
+    parameter.requires_grad_()
+    for lengths in ([30], [20, 8, 1, 1]):
+        cache = DynamicCache(config=model.config)
+        chunks = [model(part, past_key_values=cache).logits for part in ids.split(lengths, dim=1)]
+        torch.cat(chunks, 1).square().mean().backward()
+        grads.append(parameter.grad)
+        parameter.grad = None
+    assert grads[0].abs().max() > 0
+    close(grads[1], grads[0])
+
+
+def test_frozen_weights_grow_in_place_without_no_grad():
+    model, ids = make_model(**SMALL).requires_grad_(False), make_ids(1, 70)
+    cache = fill(model, ids[:, :66])
+    model(ids[:, 66:67], past_key_values=cache)
+    before = cache.layers[0].keys.data_ptr()
+    model(ids[:, 67:68], past_key_values=cache)
+    assert cache.layers[0].keys.data_ptr() == before
+
+
 def test_a_copy_is_independent():
     model, ids = make_model(), make_ids(1, 60)
     cache = fill(model, ids[:, :30])
@@ -294,8 +338,7 @@ def test_padding_behind_cached_tokens_is_refused_by_a_static_cache():
 def test_compiled_steps_are_one_graph_that_is_never_compiled_again(backend):
     """As `generate` does with a static cache; ragged rows."""
     torch._dynamo.reset()
-    small = {"head_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    model, ids = make_model(nsa_backend=backend, **small), make_ids(2, 34)
+    model, ids = make_model(nsa_backend=backend, **SMALL), make_ids(2, 34)
     mask = torch.ones(2, 64, dtype=torch.bool)
     mask[1, :5] = mask[:, 34:] = False
     cache, made = StaticCache(config=model.config, max_cache_len=64), []
