@@ -318,13 +318,9 @@ class NSADynamicLayer(NSACacheLayerMixin, DynamicLayer):
         slots = None if self.columns is None else (self.columns >= left).int().argsort(dim=1, stable=True)[:, :left]
         if slots is None or (slots == torch.arange(left, device=slots.device)).all():
             states = {name: state[:, :, : max(0, state.shape[2] - removed)] for name, state in states.items()}
-        elif any(state.shape[2] != length for state in states.values()):
-            raise RuntimeError(
-                f"`crop` cannot remove {removed} of {length} tokens from rows that are padded on the right. Pad on the "
-                "left, or call `activate_past_recording()` on the cache before the tokens are added."
-            )
-        else:  # the last columns are padding, which lies in the first slots
-            states = {name: _take_slots(state, slots) for name, state in states.items()}
+        else:  # the last columns are padding, which lies in the first slots; states hold the last slots
+            before = {name: length - state.shape[2] for name, state in states.items()}
+            states = {name: _take_slots(x, slots[:, before[name] :] - before[name]) for name, x in states.items()}
         if self.columns is not None:
             self.columns = self.columns[:, :left] if slots is None else self.columns.gather(1, slots)
         for name, state in states.items():

@@ -313,7 +313,9 @@ class NSAModel(NSAPreTrainedModel):
 
         ropes = split_ropes(position_embeddings, self.config.head_dim)
         hidden_states = inputs_embeds
-        for layer_type, decoder_layer in zip(self.config.layer_types, self.layers):
+        # `generate(assistant_early_exit=...)` lowers num_hidden_layers for a while
+        layers = self.layers[: self.config.num_hidden_layers]
+        for layer_type, decoder_layer in zip(self.config.layer_types, layers):
             hidden_states = decoder_layer(
                 hidden_states,
                 attention_mask=masks.get(layer_type),

@@ -197,6 +197,18 @@ def test_every_mode_of_generate(variant):
 
 
 @main_variants
+def test_assistants_that_are_the_model_itself(variant):
+    """Whole, where it also writes pad tokens, which the assistant takes for padding; and its first layers only."""
+    model, ids = make_model(variant), make_ids(1, 45)
+    settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings["pad_token_id"] = model.generate(ids, **settings)[0, 50].item()
+    expected = model.generate(ids, **settings)
+    assert torch.equal(model.generate(ids, assistant_model=model, **settings), expected)
+    assert torch.equal(model.generate(ids, assistant_early_exit=1, **settings), expected)
+    assert model.config.num_hidden_layers == 2
+
+
+@main_variants
 def test_a_cache_can_be_continued_copied_and_reset(variant):
     model, ids = make_model(variant), make_ids(1, 30)
     expected = greedy(model, ids)
