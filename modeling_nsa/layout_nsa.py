@@ -97,7 +97,8 @@ def build_layout(config, inputs_embeds, attention_mask, position_ids, past_key_v
         The `NSALayout`, position_ids `[B or 1, T]`, and the position embeddings (cos, sin) of the new tokens.
 
     Raises:
-        ValueError: A mask that is not 2-D, has other values than 0 and 1, a wrong shape, or padding among real tokens.
+        ValueError: A mask that is not 2-D, of other values than 0 and 1, or of a wrong shape; positions that do not count
+            its real tokens.
     """
     (B, T), device = inputs_embeds.shape[:2], inputs_embeds.device
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -235,17 +236,16 @@ def _padding(mask, past, T, position_ids, past_key_values):
 
 
 def _check_holes(mask, past, T, position_ids):
-    """Padding between real tokens is understood only as `generate` means it: position ids count the real tokens."""
-    counted = position_ids is not None
-    if counted:
-        new = _take(mask, past, T)
-        drift = position_ids - _take(mask.long().cumsum(1), past, T)
-        first = torch.where(new, drift, torch.iinfo(torch.long).max).amin(1, keepdim=True)
-        counted = not (new & (drift != first)).any()
-    if not counted:
+    """Padding between real tokens is skipped, as `generate` means it: position ids count the real tokens."""
+    if position_ids is None:  # they will
+        return
+    new = _take(mask, past, T)
+    drift = position_ids - _take(mask.long().cumsum(1), past, T)
+    first = torch.where(new, drift, torch.iinfo(torch.long).max).amin(1, keepdim=True)
+    if (new & (drift != first)).any():
         raise ValueError(
-            "`attention_mask` has padding between real tokens. Native sparse attention supports left or right padding; "
-            "pass `position_ids` that number the real tokens consecutively if the gap is meant to be skipped."
+            "`position_ids` must number the real tokens consecutively where `attention_mask` has padding between them. "
+            "Leave `position_ids` out, or pad on the left or on the right."
         )
 
 

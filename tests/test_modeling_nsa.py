@@ -100,7 +100,7 @@ def test_no_logit_depends_on_a_later_token(variant, T):
         assert (after[:, t] - before[:, t]).abs().max() > 1e-3
 
 
-def greedy(model, ids, **kwargs):
+def greedy(model, ids=None, **kwargs):
     settings = {"do_sample": False, "pad_token_id": 0, "suppress_tokens": [0], "eos_token_id": None}
     return model.generate(ids, max_new_tokens=16, **settings, **kwargs)
 
@@ -283,12 +283,31 @@ def test_gradient_checkpointing_gives_the_same_gradients(variant):
         (torch.ones(2, 1, 20, 20), r"`attention_mask` must be 2-D, got \[2, 1, 20, 20\]"),
         (torch.ones(2, 19), r"`attention_mask` must have shape \[2, 0 past \+ 20 new\], got \[2, 19\]"),
         (torch.full((2, 20), 0.5), "`attention_mask` must hold only 0 and 1"),
-        (torch.tensor([[1] * 20, [1] * 8 + [0] + [1] * 11]), "`attention_mask` has padding between real tokens"),
     ],
 )
 def test_masks_that_are_not_padding_are_refused(mask, message):
     with pytest.raises(ValueError, match=message):
         make_model()(make_ids(2, 20), attention_mask=mask)
+
+
+def test_padding_between_real_tokens_needs_positions_that_count_them():
+    mask = torch.tensor([[1] * 20, [1] * 8 + [0] + [1] * 11])
+    with pytest.raises(ValueError, match="`position_ids` must number the real tokens consecutively where"):
+        make_model()(make_ids(2, 20), attention_mask=mask, position_ids=torch.arange(20)[None])
+
+
+@main_variants
+def test_prompt_tuning_puts_virtual_tokens_before_the_padding(variant):
+    peft = pytest.importorskip("peft")
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model = peft.get_peft_model(make_model(variant), settings).eval()
+    ids, mask = make_ids(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :6] = 0
+    close(logits(model, ids, attention_mask=mask)[0, -14:], logits(model, ids[:1, 6:])[0, -14:])
+    answers = greedy(model, input_ids=ids, attention_mask=mask)
+    for row, start in ((0, 6), (1, 0)):
+        alone = greedy(model, input_ids=ids[row : row + 1, start:])
+        assert torch.equal(answers[row, start:], alone[0])
 
 
 def test_packed_sequences_refuse_a_mask_and_a_cache():
