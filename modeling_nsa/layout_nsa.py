@@ -97,17 +97,20 @@ def build_layout(config, inputs_embeds, attention_mask, position_ids, past_key_v
         The `NSALayout`, position_ids `[B or 1, T]`, and the position embeddings (cos, sin) of the new tokens.
 
     Raises:
-        ValueError: A mask that is not 2-D, of other values than 0 and 1, or of a wrong shape; positions that do not count
-            its real tokens.
+        ValueError: A mask that is not 2-D, of other values than 0 and 1, or of a wrong shape; positions that restart
+            beside it or a cache, or do not count its real tokens.
     """
     (B, T), device = inputs_embeds.shape[:2], inputs_embeds.device
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
     if isinstance(past, torch.Tensor):
         # the kernels for long chunks need the number; decoding does not wait for it, and the cache counts on in place
         past = _read(past) if T > MAX_DECODE_QUERIES else past.to(device).clone()
-    padding = {}
+    padding, mask = {}, None
     if attention_mask is not None:
         mask = _check_mask(attention_mask, B, T, past, past_key_values).to(device)
+    if position_ids is not None and (mask is not None or past_key_values is not None):
+        _check_counting(position_ids, mask, past, T)
+    if mask is not None:
         padding = _padding(mask, past, T, position_ids, past_key_values)
     cached, order = padding.pop("cached", None), padding.get("order")
     if position_ids is None:
@@ -258,8 +261,7 @@ def packed_sequences(B, T, attention_mask, position_ids, past_key_values, cu_seq
     """Cumulative lengths of packed sequences over the flattened batch, or None."""
     if cu_seqlens is not None:
         if past_key_values is not None or attention_mask is not None:
-            name = "past_key_values" if past_key_values is not None else "attention_mask"
-            raise ValueError(f"Packed sequences (`cu_seq_lens_q`) need `{name}=None`, got {name}.")
+            _refuse_packing("past_key_values" if past_key_values is not None else "attention_mask")
         if not torch.compiler.is_compiling() and (cu_seqlens[0] != 0 or cu_seqlens[-1] != B * T):
             raise ValueError(
                 f"`cu_seq_lens_q` must run from 0 to the number of tokens, {B * T}, got {cu_seqlens.tolist()[:8]}."
@@ -268,6 +270,25 @@ def packed_sequences(B, T, attention_mask, position_ids, past_key_values, cu_seq
     if position_ids is None or attention_mask is not None or past_key_values is not None:
         return None
     return _restarts(position_ids, B)
+
+
+def _refuse_packing(name):
+    raise ValueError(
+        f"Packed sequences (`cu_seq_lens_q`, or `position_ids` that restart) need `{name}=None`, got {name}. Leave it "
+        "out, or pass one sequence per row."
+    )
+
+
+def _check_counting(position_ids, mask, past, T):
+    """With a mask or a cache a row is one sequence. Steps of decoding and compiled code do not wait for the check."""
+    if torch.compiler.is_compiling() or not isinstance(past, int) or T == 1 or (past and T <= MAX_DECODE_QUERIES):
+        return
+    jumps = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if mask is not None:
+        real = _take(mask, past, T)
+        jumps = jumps & real[:, 1:] & real[:, :-1]
+    if jumps.any():
+        _refuse_packing("past_key_values" if mask is None else "attention_mask")
 
 
 @torch.compiler.disable(

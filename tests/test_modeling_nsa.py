@@ -317,6 +317,12 @@ def test_packed_sequences_refuse_a_mask_and_a_cache():
         model(ids, cu_seq_lens_q=cu_seqlens, attention_mask=torch.ones_like(ids))
     with pytest.raises(ValueError, match="need `past_key_values=None`"):
         model(ids, cu_seq_lens_q=cu_seqlens, past_key_values=DynamicCache(config=model.config))
+    restarting = torch.cat((torch.arange(8), torch.arange(12)))[None]
+    with pytest.raises(ValueError, match=r"`position_ids` that restart\) need `attention_mask=None`"):
+        model(ids, position_ids=restarting, attention_mask=torch.ones_like(ids))
+    for cache in (DynamicCache(), StaticCache(config=model.config, max_cache_len=64)):
+        with pytest.raises(ValueError, match=r"`position_ids` that restart\) need `past_key_values=None`"):
+            model(ids, position_ids=restarting, past_key_values=cache)
     with pytest.raises(ValueError, match="`cu_seq_lens_q` must run from 0 to the number of tokens, 20"):
         model(ids, cu_seq_lens_q=cu_seqlens - 1)
 
