@@ -94,7 +94,8 @@ def build_layout(config, inputs_embeds, attention_mask, position_ids, past_key_v
         rotary_emb: Maps (x, positions) to (cos, sin).
 
     Returns:
-        The `NSALayout`, position_ids `[B or 1, T]`, and the position embeddings (cos, sin) of the new tokens.
+        The `NSALayout`, position_ids `[B or 1, T]` as the other layers read them, and the position embeddings
+        (cos, sin) of the new tokens.
 
     Raises:
         ValueError: A mask that is not 2-D, of other values than 0 and 1, or of a wrong shape; positions that restart
@@ -117,8 +118,7 @@ def build_layout(config, inputs_embeds, attention_mask, position_ids, past_key_v
         if attention_mask is not None:
             position_ids = _take(mask.long().cumsum(1) - 1, past, T).clamp(min=0)
         elif cu_seqlens is not None:
-            starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=B * T)
-            position_ids = (torch.arange(B * T, device=device) - starts).view(B, T)
+            position_ids = _packed_positions(cu_seqlens, B, T)
         else:
             position_ids = (torch.arange(T, device=device) + past)[None]
 
@@ -143,7 +143,9 @@ def build_layout(config, inputs_embeds, attention_mask, position_ids, past_key_v
     if cu_seqlens is not None:
         cos, sin = rotary_emb(inputs_embeds, torch.cat((position_ids.reshape(1, -1).float(), centres), dim=1))
         layout.block_embeddings = (cos[0, B * T :], sin[0, B * T :])
-        return layout, position_ids, (cos[:, : B * T].view(B, T, -1), sin[:, : B * T].view(B, T, -1))
+        # full and sliding layers know sequences by positions that restart, which those given need not do
+        restarting = _packed_positions(cu_seqlens, B, T)
+        return layout, restarting, (cos[:, : B * T].view(B, T, -1), sin[:, : B * T].view(B, T, -1))
     rows = max(position_ids.shape[0], centres.shape[0])
     together = torch.cat((position_ids.expand(rows, -1).float(), centres.expand(rows, -1)), dim=1)
     cos, sin = rotary_emb(inputs_embeds, together)
@@ -302,6 +304,12 @@ def _restarts(position_ids, B):
         return None
     starts = torch.nn.functional.pad(jumps, (1, 0), value=True).expand(B, -1).reshape(-1).nonzero()[:, 0]
     return torch.nn.functional.pad(starts, (0, 1), value=position_ids.shape[1] * B).int()
+
+
+def _packed_positions(cu_seqlens, B, T):
+    """Positions `[B, T]` that start at 0 in every sequence."""
+    starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=B * T)
+    return (torch.arange(B * T, device=cu_seqlens.device) - starts).view(B, T)
 
 
 def _packed_centres(layout, position_ids):

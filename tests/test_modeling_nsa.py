@@ -60,11 +60,11 @@ def test_packed_equals_separate(variant):
     batch = collator([{"input_ids": document.tolist()} for document in documents])
     labels = batch.pop("labels")
     assert labels.shape == (1, 61)
-    close(logits(model, batch["input_ids"], position_ids=batch["position_ids"]), separate)
-    # dense layers without flash attention know packing from position_ids only
-    if set(model.config.layer_types) == {"native_sparse_attention"}:
-        batch.pop("position_ids")
-    close(logits(model, batch.pop("input_ids"), **batch), separate)
+    ids = batch.pop("input_ids")
+    close(logits(model, ids, position_ids=batch["position_ids"]), separate)
+    counted = torch.arange(61)[None]  # the lengths alone say where sequences begin
+    for positions in ({"position_ids": batch.pop("position_ids")}, {"position_ids": counted}, {}):
+        close(logits(model, ids, **batch, **positions), separate)
     two_rows = torch.cat((documents[0], documents[2]))[None], make_ids(1, 23, seed=5)
     positions = torch.stack((torch.cat((torch.arange(20), torch.arange(3))), torch.arange(23)))
     both = logits(model, torch.cat(two_rows), position_ids=positions)
