@@ -25,6 +25,7 @@ from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
     DynamicLayer,
+    EncoderDecoderCache,
     StaticLayer,
 )
 
@@ -456,20 +457,28 @@ def prepare_cache(cache: Cache, config) -> None:
     shared K/V can rebuild the compressed state.
 
     Raises:
-        ValueError: Filled plain layers with separate K/V, or another kind of cache (quantized, sliding).
+        ValueError: Filled plain layers with separate K/V, or another kind of cache (quantized, sliding, of another
+            model).
     """
+    use = "Use `DynamicCache(config=model.config)` or `StaticCache(config=model.config, ...)`."
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+        raise ValueError(f"`past_key_values` must be a cache of a decoder, got {type(cache).__name__}. {use}")
     if cache.layer_class_to_replicate is not None:
         for layer_type in config.layer_types[len(cache.layers) : config.num_hidden_layers]:
             window = {"sliding_window": config.sliding_window} if layer_type == "sliding_attention" else {}
             cache.layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**window))
+    if len(cache.layers) < config.num_hidden_layers:
+        raise ValueError(
+            f"`past_key_values` must have the model's {config.num_hidden_layers} layers, got {len(cache.layers)}. {use}"
+        )
     for index, layer_type in enumerate(config.layer_types[: config.num_hidden_layers]):
         layer = cache.layers[index]
-        if layer_type != NSA_LAYER_TYPE or getattr(layer, "_layer_type", None) == NSA_LAYER_TYPE:
+        sparse = getattr(layer, "_layer_type", None) == NSA_LAYER_TYPE
+        if sparse == (layer_type == NSA_LAYER_TYPE):
             continue
-        if type(layer) is not DynamicLayer:
+        if sparse or type(layer) is not DynamicLayer:
             raise ValueError(
-                f"Layer {index} is a native sparse attention layer and cannot use a {type(layer).__name__} cache "
-                "layer. Use `DynamicCache(config=model.config)` or `StaticCache(config=model.config, ...)`."
+                f"Layer {index} is a {layer_type} layer and cannot use a {type(layer).__name__} cache layer. {use}"
             )
         if layer.get_seq_length() == 0:
             cache.layers[index] = NSADynamicLayer()
@@ -479,5 +488,5 @@ def prepare_cache(cache: Cache, config) -> None:
             raise ValueError(
                 f"Layer {index} got {layer.get_seq_length()} cached tokens without the keys and values of its "
                 "compression and window branches. With `shared_kv=False` these cannot be rebuilt: start from an empty "
-                "`DynamicCache(config=model.config)`."
+                "`DynamicCache(config=model.config)`; prefix tuning needs a model with `shared_kv=True`."
             )

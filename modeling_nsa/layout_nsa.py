@@ -264,14 +264,23 @@ def packed_sequences(B, T, attention_mask, position_ids, past_key_values, cu_seq
     if cu_seqlens is not None:
         if past_key_values is not None or attention_mask is not None:
             _refuse_packing("past_key_values" if past_key_values is not None else "attention_mask")
-        if not torch.compiler.is_compiling() and (cu_seqlens[0] != 0 or cu_seqlens[-1] != B * T):
-            raise ValueError(
-                f"`cu_seq_lens_q` must run from 0 to the number of tokens, {B * T}, got {cu_seqlens.tolist()[:8]}."
-            )
+        _check_cu_seqlens(cu_seqlens, B * T)
         return cu_seqlens
     if position_ids is None or attention_mask is not None or past_key_values is not None:
         return None
     return _restarts(position_ids, B)
+
+
+def _check_cu_seqlens(cu_seqlens, tokens):
+    required = f"`cu_seq_lens_q` must run from 0 to the number of tokens, {tokens}, as 1-D integers that do not fall"
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise ValueError(f"{required}, got a {type(cu_seqlens).__name__}. Pass a tensor.")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(f"{required}, got shape {list(cu_seqlens.shape)} of {cu_seqlens.dtype}.")
+    if torch.compiler.is_compiling():
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"{required}, got {cu_seqlens.tolist()[:8]}.")
 
 
 def _refuse_packing(name):

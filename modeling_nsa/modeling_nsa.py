@@ -273,6 +273,7 @@ class NSAModel(NSAPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        _check_shapes(inputs_embeds, position_ids)
 
         if self.config.nsa_backend == "auto" and not torch.compiler.is_compiling():
             _warn_of_slow_path(inputs_embeds.device)
@@ -330,6 +331,19 @@ class NSAModel(NSAPreTrainedModel):
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else None,
         )
+
+
+def _check_shapes(inputs_embeds, position_ids):
+    if inputs_embeds.dim() != 3:
+        raise ValueError(
+            "`input_ids` must have shape [batch, tokens], or `inputs_embeds` [batch, tokens, hidden_size], got "
+            f"{list(inputs_embeds.shape)} after the embedding. Give one sequence a batch of 1, as `input_ids[None]`."
+        )
+    B, T = inputs_embeds.shape[:2]
+    given = position_ids.shape if isinstance(position_ids, torch.Tensor) else type(position_ids).__name__
+    if position_ids is not None and given not in ((B, T), (1, T)):
+        given = list(given) if isinstance(given, torch.Size) else given
+        raise ValueError(f"`position_ids` must be a tensor [{B}, {T}] or [1, {T}], one per new token, got {given}.")
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, EncoderDecoderCache, StaticCache
 
 from modeling_nsa import NSAConfig, NSADynamicLayer, NSAForCausalLM, NSAStaticLayer
 from modeling_nsa.cache_nsa import NSACacheInput
@@ -229,8 +229,20 @@ def test_filled_plain_layers_are_rebuilt_or_refused():
     plain = DynamicCache()
     for index, layer in enumerate(fill(separate, ids[:, :30]).layers):
         plain.update(layer.keys.clone(), layer.values.clone(), index)
-    with pytest.raises(ValueError, match=r"Layer 0 got 30 cached tokens.*shared_kv=False"):
+    with pytest.raises(ValueError, match=r"Layer 0 got 30 cached tokens.*prefix tuning needs.*shared_kv=True"):
         step(separate, ids[:, 30:], plain)
+
+
+def test_caches_of_another_model_are_refused():
+    model, one, hybrid, ids = make_model(), make_model(num_hidden_layers=1), make_model("hybrid"), make_ids(1, 20)
+    for cache in (fill(one, ids), StaticCache(config=one.config, max_cache_len=40)):
+        with pytest.raises(ValueError, match="`past_key_values` must have the model's 2 layers, got 1"):
+            step(model, ids, cache)
+    for cache in (((ids, ids),) * 2, EncoderDecoderCache(DynamicCache(), DynamicCache())):
+        with pytest.raises(ValueError, match=f"must be a cache of a decoder, got {type(cache).__name__}. Use `Dynamic"):
+            step(model, ids, cache)
+    with pytest.raises(ValueError, match="Layer 0 is a full_attention layer and cannot use a NSADynamicLayer"):
+        step(hybrid, ids, fill(model, ids))
 
 
 @pytest.mark.parametrize("leftpad", [None, [0, 3, 5]])

@@ -323,8 +323,40 @@ def test_packed_sequences_refuse_a_mask_and_a_cache():
     for cache in (DynamicCache(), StaticCache(config=model.config, max_cache_len=64)):
         with pytest.raises(ValueError, match=r"`position_ids` that restart\) need `past_key_values=None`"):
             model(ids, position_ids=restarting, past_key_values=cache)
-    with pytest.raises(ValueError, match="`cu_seq_lens_q` must run from 0 to the number of tokens, 20"):
-        model(ids, cu_seq_lens_q=cu_seqlens - 1)
+
+
+@pytest.mark.parametrize(
+    "cu_seqlens, given",
+    [
+        ([0, 8, 20], "got a list. Pass a tensor"),
+        (torch.tensor([-1, 7, 19]), r"got \[-1, 7, 19\]"),
+        (torch.tensor([0, 12, 8, 20]), r"got \[0, 12, 8, 20\]"),
+        (torch.tensor([[0, 8, 20]]), r"got shape \[1, 3\]"),
+        (torch.tensor([], dtype=torch.int32), r"got shape \[0\]"),
+        (torch.tensor([0.0, 20.0]), r"got shape \[2\] of torch.float32"),
+    ],
+)
+def test_lengths_of_packed_sequences_are_checked(cu_seqlens, given):
+    with pytest.raises(ValueError, match="`cu_seq_lens_q` must run from 0 to the number of tokens, 20.*" + given):
+        make_model()(make_ids(1, 20), cu_seq_lens_q=cu_seqlens)
+
+
+@pytest.mark.parametrize(
+    "inputs, message",
+    [
+        ({"input_ids": make_ids(20)}, r"`input_ids` must have shape \[batch, tokens\].*got \[20, 32\] after"),
+        ({"inputs_embeds": torch.zeros(20, 32)}, r"or `inputs_embeds` \[batch, tokens, hidden_size\], got \[20, 32\]"),
+        ({"position_ids": torch.arange(20)}, r"`position_ids` must be a tensor \[2, 20\] or \[1, 20\].*got \[20\]"),
+        ({"position_ids": torch.arange(19)[None]}, r"got \[1, 19\]"),
+        ({"position_ids": torch.arange(20).expand(3, 20)}, r"got \[3, 20\]"),
+        ({"position_ids": [list(range(20))]}, "got list"),
+    ],
+)
+def test_shapes_are_checked(inputs, message):
+    if "position_ids" in inputs:
+        inputs = {"input_ids": make_ids(2, 20), **inputs}
+    with pytest.raises(ValueError, match=message):
+        make_model()(**inputs)
 
 
 def test_the_triton_backend_is_not_replaced_silently(monkeypatch):
