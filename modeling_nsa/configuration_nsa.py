@@ -22,6 +22,8 @@ LAYER_TYPES = (NSA_LAYER_TYPE, "full_attention", "sliding_attention")
 COMPRESS_TYPES = ("mean", "mlp", "residual_mlp", "pool")
 DECODER_TYPES = ("llama", "gemma3")
 
+_PER_LAYER = ("layer_types", "no_rope_layers", "layer_rope_theta")
+
 # configs read through the base class (Trainer resuming a checkpoint) know only the library's own layer types
 if NSA_LAYER_TYPE not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
     configuration_utils.ALLOWED_ATTN_LAYER_TYPES += (NSA_LAYER_TYPE,)
@@ -204,6 +206,9 @@ class NSAConfig(PreTrainedConfig):
             self.auto_map = dict(AUTO_MAP)
         elif self._auto_class is None:  # a class that was loaded as remote code is always saved with it
             self.__dict__.pop("auto_map", None)
+        for name in _PER_LAYER:  # `from_pretrained(..., num_hidden_layers=...)` may have left more
+            if (entries := getattr(self, name)) is not None:
+                setattr(self, name, entries[: self.num_hidden_layers])
         super().save_pretrained(save_directory)
         if push_to_hub:  # transformers uploads what is newer than the start of its own `save_pretrained`
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
@@ -268,7 +273,7 @@ class NSAConfig(PreTrainedConfig):
         unknown = [name for name in self.layer_types if name not in LAYER_TYPES]
         if unknown:
             raise ValueError(f"`layer_types` must hold only {', '.join(LAYER_TYPES)}, got {unknown}.")
-        for name in ("layer_types", "no_rope_layers", "layer_rope_theta"):
+        for name in _PER_LAYER:
             entries = getattr(self, name)
             if entries is not None and len(entries) != self.num_hidden_layers:
                 raise ValueError(

@@ -41,6 +41,15 @@ def test_round_trip_through_auto_config(tmp_path):
     assert {**loaded.to_dict(), "_name_or_path": ""} == config.to_dict()
 
 
+def test_fewer_layers_than_saved_can_be_saved_again(tmp_path):
+    fields = {"no_rope_layers": [1, 0, 1], "layer_rope_theta": [None, None, 1e3]}
+    NSAConfig(num_hidden_layers=3, **fields).save_pretrained(tmp_path / "three")
+    AutoConfig.from_pretrained(tmp_path / "three", num_hidden_layers=2).save_pretrained(tmp_path / "two")
+    two = AutoConfig.from_pretrained(tmp_path / "two")
+    assert (two.num_hidden_layers, two.no_rope_layers, two.layer_rope_theta) == (2, [1, 0], [None, None])
+    assert len(two.layer_types) == 2
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
