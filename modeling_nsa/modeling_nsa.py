@@ -488,14 +488,35 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         return masks
 
 
+def _without_extra_outputs(head):
+    """A task head that refuses what its outputs have no place for."""
+    forward = head.forward
+
+    @functools.wraps(forward)  # Trainer reads the signature
+    def checked(self, *args, **kwargs):
+        for name in ("output_block_indices", "output_gates"):
+            if kwargs.get(name):
+                raise ValueError(
+                    f"`{name}` must be False for {type(self).__name__}, got {kwargs[name]}. Ask its "
+                    f"`{self.base_model_prefix}`, the model without the head."
+                )
+        return forward(self, *args, **kwargs)
+
+    head.forward = checked
+    return head
+
+
+@_without_extra_outputs
 class NSAForSequenceClassification(GenericForSequenceClassification, NSAPreTrainedModel):
     """The native sparse attention decoder with a head that classifies a sequence by its last token."""
 
 
+@_without_extra_outputs
 class NSAForTokenClassification(GenericForTokenClassification, NSAPreTrainedModel):
     """The native sparse attention decoder with a head that classifies every token."""
 
 
+@_without_extra_outputs
 class NSAForQuestionAnswering(GenericForQuestionAnswering, NSAPreTrainedModel):
     """The native sparse attention decoder with a head for the start and end of an answer."""
 

@@ -3,6 +3,7 @@
 """The model's invariants: causality, padding, packing, caches, generate, saving, gradients."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -249,6 +250,17 @@ def test_hidden_and_extra_outputs(shared_kv):
     plain = logits(model, ids, attention_mask=mask)
     close(out.logits[0], plain[0])
     assert model(ids).block_indices is None
+
+
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+@pytest.mark.parametrize("name", ["output_block_indices", "output_gates"])
+def test_task_heads_refuse_outputs_that_they_would_drop(task, name):
+    head, ids = getattr(modeling_nsa, f"NSAFor{task}")(NSAConfig(**BASE)), make_ids(1, 20)
+    with pytest.raises(ValueError, match=f"`{name}` must be False for NSAFor{task}, got True"):
+        head(ids, **{name: True})
+    head(ids, **{name: False})
+    assert getattr(head.base_model(ids, **{name: True}), name.removeprefix("output_")) is not None
+    assert "input_ids" in inspect.signature(head.forward).parameters
 
 
 def test_save_and_load_through_auto_classes(tmp_path):
