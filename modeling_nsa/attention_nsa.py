@@ -402,7 +402,11 @@ class NSAAttention(NSADenseAttention):
             gates = NSAGateScale.scale(gates, self.gate_scale(hidden_states))
 
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        if self._appends(layer, layout, q, new):
+        # any gradient makes the backward pass keep keys and values
+        learns = torch.is_grad_enabled() and any(
+            x.requires_grad for x in (q, gates, *new.values(), *self.compress_k.weights(), *self.compress_v.weights())
+        )
+        if not learns and self._appends(layer, layout, q, new):
             q, keys, values = self._append(layer, layout, q, new, position_embeddings)
         else:
             turn = self._rotation(position_embeddings)
@@ -417,7 +421,8 @@ class NSAAttention(NSADenseAttention):
                 output, block_indices = self._attend_in_parallel(layout.parallel, q, k, v, tails, k_win, v_win, gates)
                 return self.o_proj(output.flatten(2)), None, block_indices, gates
             if layer is not None:
-                keys, values = self._update(past_key_values, layout.cache or layout, k, v, tails, k_win, v_win)
+                where = layout.cache or layout
+                keys, values = self._update(past_key_values, where, k, v, tails, k_win, v_win, learns)
 
         window_ring = False
         if layer is not None:
@@ -459,12 +464,10 @@ class NSAAttention(NSADenseAttention):
         return output, weights, block_indices, gates
 
     def _appends(self, layer, layout, q, new):
-        """Whether kernels put the tokens into the cache: few, into a static one that is begun, without gradients."""
+        """Whether kernels, which have no gradients, put the tokens into the cache: few, into a static one begun."""
         if layout.slots is None or not isinstance(layer, NSAStaticLayer) or not layer.is_initialized:
             return False
         tensors = (q, *new.values(), *self.compress_k.weights(), *self.compress_v.weights())
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            return False
         # under autocast dtypes differ, and offloaded weights lie elsewhere
         held = (x for name, x in layer.states().items() if name != "length")
         if len({(x.dtype, x.device) for x in (*tensors, *held)}) > 1:
@@ -550,7 +553,7 @@ class NSAAttention(NSADenseAttention):
         cos, sin = position_embeddings
         return functools.partial(rotate, cos=cos, sin=sin, backend=self.config.nsa_backend)
 
-    def _update(self, past_key_values, layout, k, v, tails, k_win, v_win):
+    def _update(self, past_key_values, layout, k, v, tails, k_win, v_win, learns):
         """Hand everything to the cache layer in one call; tensors `[B, T, H, D]` in and out."""
         if layout.to_cache is not None:
             k, v, k_win, v_win, *tail_states = (
@@ -579,6 +582,7 @@ class NSAAttention(NSADenseAttention):
             compress=compress,
             unrotate=unrotate,
             window_size=self.config.window_size,
+            learns=learns,
         )
         keys, values = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, nsa=nsa)
         return tuple(x.transpose(1, 2) for x in keys), tuple(x.transpose(1, 2) for x in values)

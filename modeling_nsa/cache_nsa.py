@@ -16,6 +16,7 @@ With a static cache tails and windows are ring buffers with room for a decoding 
 Registration: a layer class with `_layer_type` enters transformers' layer mappings when it is defined.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
     DynamicLayer,
+    EncoderDecoderCache,
     StaticLayer,
 )
 
@@ -46,6 +48,7 @@ class NSACacheInput:
         compress: φ: maps (tails, first slot, number of blocks, block position embeddings) to `k_cmp, v_cmp`.
         unrotate: Takes RoPE off keys: maps (keys, first slot) to keys.
         window_size: w.
+        learns: Whether the backward pass will read what `update` returns.
     """
 
     layout: NSALayout
@@ -55,6 +58,7 @@ class NSACacheInput:
     compress: Callable
     unrotate: Callable
     window_size: int
+    learns: bool = False
 
     @property
     def tail_size(self) -> int:
@@ -152,17 +156,18 @@ class NSADynamicLayer(NSACacheLayerMixin, DynamicLayer):
             self._rebuild(nsa, past)
 
         spare = (past + layout.query_length) // 64
-        tails = {name: self._extended(name, new, nsa.tail_size) for name, new in nsa.tails.items()}
-        if layout.num_blocks or self.k_cmp is None:
+        extended = functools.partial(self._extended, learns=nsa.learns)
+        tails = {name: extended(name, new, nsa.tail_size) for name, new in nsa.tails.items()}
+        if layout.num_blocks or self.k_cmp is None or nsa.learns:
             self._compress(nsa, tails, past)
-        self.keys = self._extended("keys", key_states, spare)
-        self.values = self._extended("values", value_states, spare)
+        self.keys = extended("keys", key_states, spare)
+        self.values = extended("values", value_states, spare)
         seen = nsa.window_size - 1 + layout.query_length
         if nsa.k_win is None:
             window = self.keys[:, :, -seen:], self.values[:, :, -seen:]
         else:
             new = {"k_win": nsa.k_win, "v_win": nsa.v_win}
-            whole = {name: self._extended(name, x, nsa.window_size // 8) for name, x in new.items()}
+            whole = {name: extended(name, x, nsa.window_size // 8) for name, x in new.items()}
             window = tuple(x[:, :, -seen:] for x in whole.values())
             tails |= whole
         returned = (self.keys, self.k_cmp, window[0]), (self.values, self.v_cmp, window[1])
@@ -184,12 +189,12 @@ class NSADynamicLayer(NSACacheLayerMixin, DynamicLayer):
         capacity = num_compressed_blocks(past + layout.query_length, layout.compress_block_size, layout.compress_stride)
         for name, new in zip(("k_cmp", "v_cmp"), blocks, strict=True):
             if not isinstance(layout.first_block, torch.Tensor):
-                setattr(self, name, self._extended(name, new, capacity // 64))
+                setattr(self, name, self._extended(name, new, capacity // 64, nsa.learns))
                 continue
             # rows complete their blocks at different times
             old = 0 if getattr(self, name) is None else getattr(self, name).shape[2]
             grown = new.new_zeros(*new.shape[:2], capacity + 1 - old, new.shape[3])
-            setattr(self, name, self._extended(name, grown, capacity // 64))
+            setattr(self, name, self._extended(name, grown, capacity // 64, nsa.learns))
             inplace = not (new.requires_grad or getattr(self, name).requires_grad)
             self._write_blocks(name, new, layout, capacity, inplace)
             setattr(self, name, getattr(self, name)[:, :, :capacity])
@@ -217,15 +222,17 @@ class NSADynamicLayer(NSACacheLayerMixin, DynamicLayer):
             columns if layout.trailing is None else _shift(columns[:, None, :, None], layout.trailing)[:, 0, :, 0]
         )
 
-    def _extended(self, name, new, spare):
-        """The state `name` and new tokens, side by side; a new tensor where gradients flow.
+    def _extended(self, name, new, spare, learns):
+        """The state `name` and new tokens, side by side; a new tensor where the backward pass reads it.
 
         Tokens are written behind the old ones, into a buffer with room for `spare` more that is copied when it is full.
         """
         old = getattr(self, name)
         if old is None or old.shape[2] == 0:
             return new
-        if new.requires_grad or old.requires_grad:
+        # what was made in inference mode cannot be written outside it
+        if learns or old.requires_grad or (old.is_inference() and not torch.is_inference_mode_enabled()):
+            self._buffers.pop(name, None)
             return torch.cat((old, new), dim=2)
         held, added = old.shape[2], new.shape[2]
         buffer = self._buffers.get(name)
@@ -312,13 +319,9 @@ class NSADynamicLayer(NSACacheLayerMixin, DynamicLayer):
         slots = None if self.columns is None else (self.columns >= left).int().argsort(dim=1, stable=True)[:, :left]
         if slots is None or (slots == torch.arange(left, device=slots.device)).all():
             states = {name: state[:, :, : max(0, state.shape[2] - removed)] for name, state in states.items()}
-        elif any(state.shape[2] != length for state in states.values()):
-            raise RuntimeError(
-                f"`crop` cannot remove {removed} of {length} tokens from rows that are padded on the right. Pad on the "
-                "left, or call `activate_past_recording()` on the cache before the tokens are added."
-            )
-        else:  # the last columns are padding, which lies in the first slots
-            states = {name: _take_slots(state, slots) for name, state in states.items()}
+        else:  # the last columns are padding, which lies in the first slots; states hold the last slots
+            before = {name: length - state.shape[2] for name, state in states.items()}
+            states = {name: _take_slots(x, slots[:, before[name] :] - before[name]) for name, x in states.items()}
         if self.columns is not None:
             self.columns = self.columns[:, :left] if slots is None else self.columns.gather(1, slots)
         for name, state in states.items():
@@ -454,20 +457,28 @@ def prepare_cache(cache: Cache, config) -> None:
     shared K/V can rebuild the compressed state.
 
     Raises:
-        ValueError: Filled plain layers with separate K/V, or another kind of cache (quantized, sliding).
+        ValueError: Filled plain layers with separate K/V, or another kind of cache (quantized, sliding, of another
+            model).
     """
+    use = "Use `DynamicCache(config=model.config)` or `StaticCache(config=model.config, ...)`."
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+        raise ValueError(f"`past_key_values` must be a cache of a decoder, got {type(cache).__name__}. {use}")
     if cache.layer_class_to_replicate is not None:
         for layer_type in config.layer_types[len(cache.layers) : config.num_hidden_layers]:
             window = {"sliding_window": config.sliding_window} if layer_type == "sliding_attention" else {}
             cache.layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**window))
+    if len(cache.layers) < config.num_hidden_layers:
+        raise ValueError(
+            f"`past_key_values` must have the model's {config.num_hidden_layers} layers, got {len(cache.layers)}. {use}"
+        )
     for index, layer_type in enumerate(config.layer_types[: config.num_hidden_layers]):
         layer = cache.layers[index]
-        if layer_type != NSA_LAYER_TYPE or getattr(layer, "_layer_type", None) == NSA_LAYER_TYPE:
+        sparse = getattr(layer, "_layer_type", None) == NSA_LAYER_TYPE
+        if sparse == (layer_type == NSA_LAYER_TYPE):
             continue
-        if type(layer) is not DynamicLayer:
+        if sparse or type(layer) is not DynamicLayer:
             raise ValueError(
-                f"Layer {index} is a native sparse attention layer and cannot use a {type(layer).__name__} cache "
-                "layer. Use `DynamicCache(config=model.config)` or `StaticCache(config=model.config, ...)`."
+                f"Layer {index} is a {layer_type} layer and cannot use a {type(layer).__name__} cache layer. {use}"
             )
         if layer.get_seq_length() == 0:
             cache.layers[index] = NSADynamicLayer()
@@ -477,5 +488,5 @@ def prepare_cache(cache: Cache, config) -> None:
             raise ValueError(
                 f"Layer {index} got {layer.get_seq_length()} cached tokens without the keys and values of its "
                 "compression and window branches. With `shared_kv=False` these cannot be rebuilt: start from an empty "
-                "`DynamicCache(config=model.config)`."
+                "`DynamicCache(config=model.config)`; prefix tuning needs a model with `shared_kv=True`."
             )

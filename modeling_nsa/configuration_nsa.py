@@ -22,6 +22,8 @@ LAYER_TYPES = (NSA_LAYER_TYPE, "full_attention", "sliding_attention")
 COMPRESS_TYPES = ("mean", "mlp", "residual_mlp", "pool")
 DECODER_TYPES = ("llama", "gemma3")
 
+_PER_LAYER = ("layer_types", "no_rope_layers", "layer_rope_theta")
+
 # configs read through the base class (Trainer resuming a checkpoint) know only the library's own layer types
 if NSA_LAYER_TYPE not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES:
     configuration_utils.ALLOWED_ATTN_LAYER_TYPES += (NSA_LAYER_TYPE,)
@@ -168,7 +170,7 @@ class NSAConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
+        if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.layer_types is None:
             self.layer_types = [NSA_LAYER_TYPE] * self.num_hidden_layers
@@ -177,6 +179,7 @@ class NSAConfig(PreTrainedConfig):
         self.validate_layer_type()
         self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
+        self._check_rope()
 
     @property
     def block_sizes(self) -> dict[str, int]:
@@ -203,6 +206,9 @@ class NSAConfig(PreTrainedConfig):
             self.auto_map = dict(AUTO_MAP)
         elif self._auto_class is None:  # a class that was loaded as remote code is always saved with it
             self.__dict__.pop("auto_map", None)
+        for name in _PER_LAYER:  # `from_pretrained(..., num_hidden_layers=...)` may have left more
+            if (entries := getattr(self, name)) is not None:
+                setattr(self, name, entries[: self.num_hidden_layers])
         super().save_pretrained(save_directory)
         if push_to_hub:  # transformers uploads what is newer than the start of its own `save_pretrained`
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
@@ -230,7 +236,8 @@ class NSAConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict` validation: heads, block sizes and the choices among names."""
-        for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim", "compress_hidden_size"):
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+        for name in (*sizes, "head_dim", "v_head_dim", "compress_hidden_size", "gate_hidden_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {value}.")
@@ -238,6 +245,8 @@ class NSAConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"`{name}` must be a positive number, got {value}.")
+        if self.rms_norm_eps < 0:
+            raise ValueError(f"`rms_norm_eps` must be a number >= 0, got {self.rms_norm_eps}.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 "`num_attention_heads` must be a multiple of `num_key_value_heads`, so that every group has the same "
@@ -249,19 +258,33 @@ class NSAConfig(PreTrainedConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
 
+    def _check_rope(self):
+        rope = self.rope_parameters or {}
+        factor = rope.get("partial_rotary_factor")
+        # a "proportional" RoPE has angles of 0 for the rest of a head, the others do without
+        if factor not in (None, 1.0) and rope.get("rope_type") != "proportional":
+            raise ValueError(
+                "`rope_parameters` must rotate whole heads, `partial_rotary_factor` 1.0 or left out, got "
+                f"{factor}: part of a head without RoPE is not implemented."
+            )
+
     def validate_layer_type(self):
         """Part of `@strict` validation: known layer types, one per layer."""
         unknown = [name for name in self.layer_types if name not in LAYER_TYPES]
         if unknown:
             raise ValueError(f"`layer_types` must hold only {', '.join(LAYER_TYPES)}, got {unknown}.")
-        for name in ("layer_types", "no_rope_layers", "layer_rope_theta"):
+        for name in _PER_LAYER:
             entries = getattr(self, name)
             if entries is not None and len(entries) != self.num_hidden_layers:
                 raise ValueError(
                     f"`{name}` must have one entry per layer, got {len(entries)} for num_hidden_layers="
                     f"{self.num_hidden_layers}."
                 )
-        if "sliding_attention" in self.layer_types and not self.sliding_window:
+        if any(entry not in (0, 1) for entry in self.no_rope_layers or []):
+            raise ValueError(f"`no_rope_layers` must hold only 0 (no RoPE) and 1 (RoPE), got {self.no_rope_layers}.")
+        if any(theta is not None and theta <= 0 for theta in self.layer_rope_theta or []):
+            raise ValueError(f"`layer_rope_theta` must hold positive numbers or None, got {self.layer_rope_theta}.")
+        if "sliding_attention" in self.layer_types and (self.sliding_window or 0) < 1:
             raise ValueError(
                 "`sliding_window` must be a positive number of tokens when `layer_types` holds 'sliding_attention', "
                 f"got {self.sliding_window}."

@@ -15,7 +15,7 @@ import torch
 
 from nsa_kernels import MAX_DECODE_QUERIES, compressed_cu_seqlens, num_compressed_blocks
 
-__all__ = ["NSALayout", "build_layout", "packed_sequences", "restarts"]
+__all__ = ["NSALayout", "build_layout", "packed_sequences"]
 
 
 @dataclass
@@ -90,32 +90,35 @@ def build_layout(config, inputs_embeds, attention_mask, position_ids, past_key_v
         attention_mask: 2-D mask over past and new slots, 1 for real tokens, or None.
         position_ids: int `[B or 1, T]`, or None.
         past_key_values: Cache, or None.
-        cu_seqlens: int `[N + 1]`, or None.
+        cu_seqlens: What `packed_sequences` returns.
         rotary_emb: Maps (x, positions) to (cos, sin).
 
     Returns:
-        The `NSALayout`, position_ids `[B or 1, T]`, and the position embeddings (cos, sin) of the new tokens.
+        The `NSALayout`, position_ids `[B or 1, T]` as the other layers read them, and the position embeddings
+        (cos, sin) of the new tokens.
 
     Raises:
-        ValueError: A mask that is not 2-D, has other values than 0 and 1, a wrong shape, or padding among real tokens.
+        ValueError: A mask that is not 2-D, of other values than 0 and 1, or of a wrong shape; positions that restart
+            beside it or a cache, or do not count its real tokens.
     """
     (B, T), device = inputs_embeds.shape[:2], inputs_embeds.device
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
     if isinstance(past, torch.Tensor):
         # the kernels for long chunks need the number; decoding does not wait for it, and the cache counts on in place
         past = _read(past) if T > MAX_DECODE_QUERIES else past.to(device).clone()
-    cu_seqlens = packed_sequences(B, T, attention_mask, position_ids, past_key_values, cu_seqlens)
-    padding = {}
+    padding, mask = {}, None
     if attention_mask is not None:
         mask = _check_mask(attention_mask, B, T, past, past_key_values).to(device)
+    if position_ids is not None and (mask is not None or past_key_values is not None):
+        _check_counting(position_ids, mask, past, T)
+    if mask is not None:
         padding = _padding(mask, past, T, position_ids, past_key_values)
     cached, order = padding.pop("cached", None), padding.get("order")
     if position_ids is None:
         if attention_mask is not None:
             position_ids = _take(mask.long().cumsum(1) - 1, past, T).clamp(min=0)
         elif cu_seqlens is not None:
-            starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=B * T)
-            position_ids = (torch.arange(B * T, device=device) - starts).view(B, T)
+            position_ids = _packed_positions(cu_seqlens, B, T)
         else:
             position_ids = (torch.arange(T, device=device) + past)[None]
 
@@ -140,7 +143,9 @@ def build_layout(config, inputs_embeds, attention_mask, position_ids, past_key_v
     if cu_seqlens is not None:
         cos, sin = rotary_emb(inputs_embeds, torch.cat((position_ids.reshape(1, -1).float(), centres), dim=1))
         layout.block_embeddings = (cos[0, B * T :], sin[0, B * T :])
-        return layout, position_ids, (cos[:, : B * T].view(B, T, -1), sin[:, : B * T].view(B, T, -1))
+        # full and sliding layers know sequences by positions that restart, which those given need not do
+        restarting = _packed_positions(cu_seqlens, B, T)
+        return layout, restarting, (cos[:, : B * T].view(B, T, -1), sin[:, : B * T].view(B, T, -1))
     rows = max(position_ids.shape[0], centres.shape[0])
     together = torch.cat((position_ids.expand(rows, -1).float(), centres.expand(rows, -1)), dim=1)
     cos, sin = rotary_emb(inputs_embeds, together)
@@ -236,17 +241,16 @@ def _padding(mask, past, T, position_ids, past_key_values):
 
 
 def _check_holes(mask, past, T, position_ids):
-    """Padding between real tokens is understood only as `generate` means it: position ids count the real tokens."""
-    counted = position_ids is not None
-    if counted:
-        new = _take(mask, past, T)
-        drift = position_ids - _take(mask.long().cumsum(1), past, T)
-        first = torch.where(new, drift, torch.iinfo(torch.long).max).amin(1, keepdim=True)
-        counted = not (new & (drift != first)).any()
-    if not counted:
+    """Padding between real tokens is skipped, as `generate` means it: position ids count the real tokens."""
+    if position_ids is None:  # they will
+        return
+    new = _take(mask, past, T)
+    drift = position_ids - _take(mask.long().cumsum(1), past, T)
+    first = torch.where(new, drift, torch.iinfo(torch.long).max).amin(1, keepdim=True)
+    if (new & (drift != first)).any():
         raise ValueError(
-            "`attention_mask` has padding between real tokens. Native sparse attention supports left or right padding; "
-            "pass `position_ids` that number the real tokens consecutively if the gap is meant to be skipped."
+            "`position_ids` must number the real tokens consecutively where `attention_mask` has padding between them. "
+            "Leave `position_ids` out, or pad on the left or on the right."
         )
 
 
@@ -259,29 +263,62 @@ def packed_sequences(B, T, attention_mask, position_ids, past_key_values, cu_seq
     """Cumulative lengths of packed sequences over the flattened batch, or None."""
     if cu_seqlens is not None:
         if past_key_values is not None or attention_mask is not None:
-            name = "past_key_values" if past_key_values is not None else "attention_mask"
-            raise ValueError(f"Packed sequences (`cu_seq_lens_q`) need `{name}=None`, got {name}.")
-        if not torch.compiler.is_compiling() and (cu_seqlens[0] != 0 or cu_seqlens[-1] != B * T):
-            raise ValueError(
-                f"`cu_seq_lens_q` must run from 0 to the number of tokens, {B * T}, got {cu_seqlens.tolist()[:8]}."
-            )
+            _refuse_packing("past_key_values" if past_key_values is not None else "attention_mask")
+        _check_cu_seqlens(cu_seqlens, B * T)
         return cu_seqlens
     if position_ids is None or attention_mask is not None or past_key_values is not None:
         return None
-    starts = restarts(position_ids)
-    if starts is None:
-        return None
-    starts = torch.nn.functional.pad(starts, (1, 0), value=True).expand(B, -1).reshape(-1).nonzero()[:, 0]
-    return torch.nn.functional.pad(starts, (0, 1), value=B * T).int()
+    return _restarts(position_ids, B)
 
 
-def restarts(position_ids) -> torch.Tensor | None:
-    """Where a new sequence starts, `[B or 1, T - 1]` for all tokens but the first, or None if nowhere."""
-    # compiled code cannot have shapes that depend on data: it is told by cu_seq_lens_q
-    if position_ids is None or torch.compiler.is_compiling():
-        return None
+def _check_cu_seqlens(cu_seqlens, tokens):
+    required = f"`cu_seq_lens_q` must run from 0 to the number of tokens, {tokens}, as 1-D integers that do not fall"
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise ValueError(f"{required}, got a {type(cu_seqlens).__name__}. Pass a tensor.")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(f"{required}, got shape {list(cu_seqlens.shape)} of {cu_seqlens.dtype}.")
+    if torch.compiler.is_compiling():
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"{required}, got {cu_seqlens.tolist()[:8]}.")
+
+
+def _refuse_packing(name):
+    raise ValueError(
+        f"Packed sequences (`cu_seq_lens_q`, or `position_ids` that restart) need `{name}=None`, got {name}. Leave it "
+        "out, or pass one sequence per row."
+    )
+
+
+def _check_counting(position_ids, mask, past, T):
+    """With a mask or a cache a row is one sequence. Steps of decoding and compiled code do not wait for the check."""
+    if torch.compiler.is_compiling() or not isinstance(past, int) or T == 1 or (past and T <= MAX_DECODE_QUERIES):
+        return
     jumps = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    return jumps if jumps.any() else None
+    if mask is not None:
+        real = _take(mask, past, T)
+        jumps = jumps & real[:, 1:] & real[:, :-1]
+    if jumps.any():
+        _refuse_packing("past_key_values" if mask is None else "attention_mask")
+
+
+@torch.compiler.disable(
+    reason="`position_ids` without a mask and a cache may pack sequences, whose shapes depend on data. With "
+    "fullgraph=True leave out `position_ids` that only count the tokens; packed sequences need fullgraph=False."
+)
+def _restarts(position_ids, B):
+    """Cumulative lengths of the sequences that `position_ids` number, or None if they are one per row."""
+    jumps = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if not jumps.any():
+        return None
+    starts = torch.nn.functional.pad(jumps, (1, 0), value=True).expand(B, -1).reshape(-1).nonzero()[:, 0]
+    return torch.nn.functional.pad(starts, (0, 1), value=position_ids.shape[1] * B).int()
+
+
+def _packed_positions(cu_seqlens, B, T):
+    """Positions `[B, T]` that start at 0 in every sequence."""
+    starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=B * T)
+    return (torch.arange(B * T, device=cu_seqlens.device) - starts).view(B, T)
 
 
 def _packed_centres(layout, position_ids):

@@ -42,7 +42,7 @@ from .attention_nsa import (
 from .cache_nsa import prepare_cache
 from .configuration_nsa import NSA_LAYER_TYPE, NSAConfig
 from .graph_nsa import DecodeGraph, captures
-from .layout_nsa import NSALayout, build_layout, restarts
+from .layout_nsa import NSALayout, build_layout, packed_sequences
 from .liger_nsa import register_with_liger
 from .parallel_nsa import ContextShard, build_parallel_layout
 
@@ -273,6 +273,7 @@ class NSAModel(NSAPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        _check_shapes(inputs_embeds, position_ids)
 
         if self.config.nsa_backend == "auto" and not torch.compiler.is_compiling():
             _warn_of_slow_path(inputs_embeds.device)
@@ -280,19 +281,19 @@ class NSAModel(NSAPreTrainedModel):
         shard: ContextShard | None = kwargs.pop("context_shard", None)
         if shard is not None:
             _check_parallel(self.config, attention_mask, past_key_values)
+        masks = attention_mask if isinstance(attention_mask, dict) else None
+        padding_mask = masks.get(NSA_LAYER_TYPE) if masks is not None else attention_mask
+        if shard is None:
+            cu_seqlens = packed_sequences(
+                *inputs_embeds.shape[:2], padding_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q")
+            )
         # packed sequences are not cached: which row would a next token continue?
-        packed = (
-            shard is not None
-            or kwargs.get("cu_seq_lens_q") is not None
-            or (past_key_values is None and attention_mask is None and restarts(position_ids) is not None)
-        )
+        packed = shard is not None or cu_seqlens is not None
         if use_cache and past_key_values is None and not packed:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             prepare_cache(past_key_values, self.config)
 
-        masks = attention_mask if isinstance(attention_mask, dict) else None
-        padding_mask = masks.get(NSA_LAYER_TYPE) if masks is not None else attention_mask
         if shard is not None:
             layout, position_ids, position_embeddings = build_parallel_layout(
                 self.config, inputs_embeds, position_ids, shard, self.rotary_emb
@@ -305,7 +306,7 @@ class NSAModel(NSAPreTrainedModel):
                 padding_mask,
                 position_ids,
                 past_key_values,
-                kwargs.get("cu_seq_lens_q"),
+                cu_seqlens,
                 self.rotary_emb,
             )
         if masks is None:
@@ -313,7 +314,9 @@ class NSAModel(NSAPreTrainedModel):
 
         ropes = split_ropes(position_embeddings, self.config.head_dim)
         hidden_states = inputs_embeds
-        for layer_type, decoder_layer in zip(self.config.layer_types, self.layers):
+        # `generate(assistant_early_exit=...)` lowers num_hidden_layers for a while
+        layers = self.layers[: self.config.num_hidden_layers]
+        for layer_type, decoder_layer in zip(self.config.layer_types, layers):
             hidden_states = decoder_layer(
                 hidden_states,
                 attention_mask=masks.get(layer_type),
@@ -328,6 +331,19 @@ class NSAModel(NSAPreTrainedModel):
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else None,
         )
+
+
+def _check_shapes(inputs_embeds, position_ids):
+    if inputs_embeds.dim() != 3:
+        raise ValueError(
+            "`input_ids` must have shape [batch, tokens], or `inputs_embeds` [batch, tokens, hidden_size], got "
+            f"{list(inputs_embeds.shape)} after the embedding. Give one sequence a batch of 1, as `input_ids[None]`."
+        )
+    B, T = inputs_embeds.shape[:2]
+    given = position_ids.shape if isinstance(position_ids, torch.Tensor) else type(position_ids).__name__
+    if position_ids is not None and given not in ((B, T), (1, T)):
+        given = list(given) if isinstance(given, torch.Size) else given
+        raise ValueError(f"`position_ids` must be a tensor [{B}, {T}] or [1, {T}], one per new token, got {given}.")
 
 
 @functools.cache
@@ -472,14 +488,35 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         return masks
 
 
+def _without_extra_outputs(head):
+    """A task head that refuses what its outputs have no place for."""
+    forward = head.forward
+
+    @functools.wraps(forward)  # Trainer reads the signature
+    def checked(self, *args, **kwargs):
+        for name in ("output_block_indices", "output_gates"):
+            if kwargs.get(name):
+                raise ValueError(
+                    f"`{name}` must be False for {type(self).__name__}, got {kwargs[name]}. Ask its "
+                    f"`{self.base_model_prefix}`, the model without the head."
+                )
+        return forward(self, *args, **kwargs)
+
+    head.forward = checked
+    return head
+
+
+@_without_extra_outputs
 class NSAForSequenceClassification(GenericForSequenceClassification, NSAPreTrainedModel):
     """The native sparse attention decoder with a head that classifies a sequence by its last token."""
 
 
+@_without_extra_outputs
 class NSAForTokenClassification(GenericForTokenClassification, NSAPreTrainedModel):
     """The native sparse attention decoder with a head that classifies every token."""
 
 
+@_without_extra_outputs
 class NSAForQuestionAnswering(GenericForQuestionAnswering, NSAPreTrainedModel):
     """The native sparse attention decoder with a head for the start and end of an answer."""
 

@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, EncoderDecoderCache, StaticCache
 
 from modeling_nsa import NSAConfig, NSADynamicLayer, NSAForCausalLM, NSAStaticLayer
 from modeling_nsa.cache_nsa import NSACacheInput
@@ -120,14 +120,15 @@ def test_what_is_moved_or_copied_is_not_held_twice():
         assert not layer._buffers
 
 
-@pytest.mark.parametrize("variant", ["separate", "shared"])
-def test_right_padded_rows_are_cropped_by_column(variant):
+@pytest.mark.parametrize("variant, recording", [("separate", True), ("shared", True), ("shared", False)])
+def test_right_padded_rows_are_cropped_by_column(variant, recording):
     model, ids = make_model(variant), make_ids(2, 40)
     mask = torch.ones_like(ids)
     mask[1, 11:20] = 0  # nine columns of padding between the real tokens of row 1
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
-    cache.activate_past_recording()
+    if recording:
+        cache.activate_past_recording()
     late = []
     with torch.no_grad():
         for start, stop, removed in ((0, 20, 3), (17, 30, 4), (26, 40, 0)):  # the second part starts with padding
@@ -140,6 +141,50 @@ def test_right_padded_rows_are_cropped_by_column(variant):
     expected = logits(model, torch.cat((ids[1:, :11], ids[1:, 20:]), 1))[0, 11:]
     close(torch.cat((late[1][1], late[2][1])), expected)
     close(torch.cat((late[1][0], late[2][0])), logits(model, ids[:1])[0, 20:])
+
+
+@pytest.mark.parametrize("variant", ["separate", "shared", "hybrid"])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_what_inference_mode_filled_goes_on_outside_it_and_back(variant, padding):
+    model, ids = make_model(variant), make_ids(2, 60)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    cache, outputs = DynamicCache(config=model.config), []
+    modes = torch.inference_mode, torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode
+    for mode, (start, stop) in zip(modes, ((0, 30), (30, 31), (31, 33), (33, 34), (34, 60)), strict=True):
+        with mode():
+            output = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
+            outputs.append(output.logits.detach().clone())
+    real = mask.bool()
+    close(torch.cat(outputs, 1)[real], logits(model, ids, attention_mask=mask)[real])
+
+
+SMALL = {"head_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.mark.parametrize("trained", ["q_proj", "gate.fc2", "compress_k.w1", "k_proj."])
+def test_gradients_through_chunks_equal_those_of_one_pass(trained):
+    """Frozen keys and values are read by the backward pass of each chunk, so that the next must not write to them."""
+    model, ids, grads = make_model(nsa_backend="triton", **SMALL), make_ids(2, 30), []
+    (parameter,) = [x for name, x in model.requires_grad_(False).named_parameters() if trained in name][:1]
+    parameter.requires_grad_()
+    for lengths in ([30], [20, 8, 1, 1]):
+        cache = DynamicCache(config=model.config)
+        chunks = [model(part, past_key_values=cache).logits for part in ids.split(lengths, dim=1)]
+        torch.cat(chunks, 1).square().mean().backward()
+        grads.append(parameter.grad)
+        parameter.grad = None
+    assert grads[0].abs().max() > 0
+    close(grads[1], grads[0])
+
+
+def test_frozen_weights_grow_in_place_without_no_grad():
+    model, ids = make_model(**SMALL).requires_grad_(False), make_ids(1, 70)
+    cache = fill(model, ids[:, :66])
+    model(ids[:, 66:67], past_key_values=cache)
+    before = cache.layers[0].keys.data_ptr()
+    model(ids[:, 67:68], past_key_values=cache)
+    assert cache.layers[0].keys.data_ptr() == before
 
 
 def test_a_copy_is_independent():
@@ -184,8 +229,20 @@ def test_filled_plain_layers_are_rebuilt_or_refused():
     plain = DynamicCache()
     for index, layer in enumerate(fill(separate, ids[:, :30]).layers):
         plain.update(layer.keys.clone(), layer.values.clone(), index)
-    with pytest.raises(ValueError, match=r"Layer 0 got 30 cached tokens.*shared_kv=False"):
+    with pytest.raises(ValueError, match=r"Layer 0 got 30 cached tokens.*prefix tuning needs.*shared_kv=True"):
         step(separate, ids[:, 30:], plain)
+
+
+def test_caches_of_another_model_are_refused():
+    model, one, hybrid, ids = make_model(), make_model(num_hidden_layers=1), make_model("hybrid"), make_ids(1, 20)
+    for cache in (fill(one, ids), StaticCache(config=one.config, max_cache_len=40)):
+        with pytest.raises(ValueError, match="`past_key_values` must have the model's 2 layers, got 1"):
+            step(model, ids, cache)
+    for cache in (((ids, ids),) * 2, EncoderDecoderCache(DynamicCache(), DynamicCache())):
+        with pytest.raises(ValueError, match=f"must be a cache of a decoder, got {type(cache).__name__}. Use `Dynamic"):
+            step(model, ids, cache)
+    with pytest.raises(ValueError, match="Layer 0 is a full_attention layer and cannot use a NSADynamicLayer"):
+        step(hybrid, ids, fill(model, ids))
 
 
 @pytest.mark.parametrize("leftpad", [None, [0, 3, 5]])
@@ -294,8 +351,7 @@ def test_padding_behind_cached_tokens_is_refused_by_a_static_cache():
 def test_compiled_steps_are_one_graph_that_is_never_compiled_again(backend):
     """As `generate` does with a static cache; ragged rows."""
     torch._dynamo.reset()
-    small = {"head_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    model, ids = make_model(nsa_backend=backend, **small), make_ids(2, 34)
+    model, ids = make_model(nsa_backend=backend, **SMALL), make_ids(2, 34)
     mask = torch.ones(2, 64, dtype=torch.bool)
     mask[1, :5] = mask[:, 34:] = False
     cache, made = StaticCache(config=model.config, max_cache_len=64), []

@@ -41,6 +41,15 @@ def test_round_trip_through_auto_config(tmp_path):
     assert {**loaded.to_dict(), "_name_or_path": ""} == config.to_dict()
 
 
+def test_fewer_layers_than_saved_can_be_saved_again(tmp_path):
+    fields = {"no_rope_layers": [1, 0, 1], "layer_rope_theta": [None, None, 1e3]}
+    NSAConfig(num_hidden_layers=3, **fields).save_pretrained(tmp_path / "three")
+    AutoConfig.from_pretrained(tmp_path / "three", num_hidden_layers=2).save_pretrained(tmp_path / "two")
+    two = AutoConfig.from_pretrained(tmp_path / "two")
+    assert (two.num_hidden_layers, two.no_rope_layers, two.layer_rope_theta) == (2, [1, 0], [None, None])
+    assert len(two.layer_types) == 2
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -59,6 +68,14 @@ def test_round_trip_through_auto_config(tmp_path):
         ({"no_rope_layers": [1]}, "`no_rope_layers` must have one entry per layer, got 1"),
         ({"layer_types": ["sliding_attention"] * 32}, "`sliding_window` must be a positive number of tokens"),
         ({"layer_rope_theta": [None]}, "`layer_rope_theta` must have one entry per layer, got 1"),
+        ({"sliding_window": -3, "layer_types": ["sliding_attention"] * 32}, "`sliding_window` must be a .* got -3"),
+        ({"layer_rope_theta": [0.0] * 32}, "`layer_rope_theta` must hold positive numbers or None, got .0.0"),
+        ({"no_rope_layers": [2] * 32}, "`no_rope_layers` must hold only 0 .* and 1 .*, got .2"),
+        ({"hidden_size": 0}, "`hidden_size` must be a positive integer, got 0"),
+        ({"num_attention_heads": 0}, "`num_attention_heads` must be a positive integer, got 0"),
+        ({"gate_hidden_size": -1}, "`gate_hidden_size` must be a positive integer, got -1"),
+        ({"rms_norm_eps": -1.0}, "`rms_norm_eps` must be a number >= 0, got -1"),
+        ({"partial_rotary_factor": 0.5}, "`rope_parameters` must rotate whole heads.* got 0.5"),
         ({"query_pre_attn_scalar": 0}, "`query_pre_attn_scalar` must be a positive number, got 0"),
         ({"final_logit_softcapping": -1.0}, "`final_logit_softcapping` must be a positive number, got -1"),
         ({"decoder_type": "gemma"}, "`decoder_type` must be one of llama, gemma3, got 'gemma'"),

@@ -3,6 +3,7 @@
 """The model's invariants: causality, padding, packing, caches, generate, saving, gradients."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -60,16 +61,31 @@ def test_packed_equals_separate(variant):
     batch = collator([{"input_ids": document.tolist()} for document in documents])
     labels = batch.pop("labels")
     assert labels.shape == (1, 61)
-    close(logits(model, batch["input_ids"], position_ids=batch["position_ids"]), separate)
-    # dense layers without flash attention know packing from position_ids only
-    if set(model.config.layer_types) == {"native_sparse_attention"}:
-        batch.pop("position_ids")
-    close(logits(model, batch.pop("input_ids"), **batch), separate)
+    ids = batch.pop("input_ids")
+    close(logits(model, ids, position_ids=batch["position_ids"]), separate)
+    counted = torch.arange(61)[None]  # the lengths alone say where sequences begin
+    for positions in ({"position_ids": batch.pop("position_ids")}, {"position_ids": counted}, {}):
+        close(logits(model, ids, **batch, **positions), separate)
     two_rows = torch.cat((documents[0], documents[2]))[None], make_ids(1, 23, seed=5)
     positions = torch.stack((torch.cat((torch.arange(20), torch.arange(3))), torch.arange(23)))
     both = logits(model, torch.cat(two_rows), position_ids=positions)
     close(both[0], torch.cat((separate[0, :20], separate[0, 21:24])))
     close(both[1:], logits(model, two_rows[1]))
+
+
+@pytest.mark.parametrize("variant", ["separate", "hybrid"])
+def test_compiled_code_sees_that_position_ids_restart(variant):
+    torch._dynamo.reset()
+    model, ids = make_model(variant), make_ids(1, 40)
+    positions = torch.cat((torch.arange(15), torch.arange(25)))[None]
+    separate = torch.cat((logits(model, ids[:, :15]), logits(model, ids[:, 15:])), 1)
+    compiled = torch.compile(model, backend="eager")
+    close(logits(compiled, ids, position_ids=positions), separate)
+    close(logits(compiled, ids, position_ids=torch.arange(40)[None]), logits(model, ids))
+    assert compiled(ids, position_ids=positions).past_key_values is None
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="packed sequences need fullgraph=False"):
+        whole(ids, use_cache=False, position_ids=positions)
 
 
 @every_variant
@@ -85,7 +101,7 @@ def test_no_logit_depends_on_a_later_token(variant, T):
         assert (after[:, t] - before[:, t]).abs().max() > 1e-3
 
 
-def greedy(model, ids, **kwargs):
+def greedy(model, ids=None, **kwargs):
     settings = {"do_sample": False, "pad_token_id": 0, "suppress_tokens": [0], "eos_token_id": None}
     return model.generate(ids, max_new_tokens=16, **settings, **kwargs)
 
@@ -182,6 +198,18 @@ def test_every_mode_of_generate(variant):
 
 
 @main_variants
+def test_assistants_that_are_the_model_itself(variant):
+    """Whole, where it also writes pad tokens, which the assistant takes for padding; and its first layers only."""
+    model, ids = make_model(variant), make_ids(1, 45)
+    settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings["pad_token_id"] = model.generate(ids, **settings)[0, 50].item()
+    expected = model.generate(ids, **settings)
+    assert torch.equal(model.generate(ids, assistant_model=model, **settings), expected)
+    assert torch.equal(model.generate(ids, assistant_early_exit=1, **settings), expected)
+    assert model.config.num_hidden_layers == 2
+
+
+@main_variants
 def test_a_cache_can_be_continued_copied_and_reset(variant):
     model, ids = make_model(variant), make_ids(1, 30)
     expected = greedy(model, ids)
@@ -224,6 +252,17 @@ def test_hidden_and_extra_outputs(shared_kv):
     assert model(ids).block_indices is None
 
 
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+@pytest.mark.parametrize("name", ["output_block_indices", "output_gates"])
+def test_task_heads_refuse_outputs_that_they_would_drop(task, name):
+    head, ids = getattr(modeling_nsa, f"NSAFor{task}")(NSAConfig(**BASE)), make_ids(1, 20)
+    with pytest.raises(ValueError, match=f"`{name}` must be False for NSAFor{task}, got True"):
+        head(ids, **{name: True})
+    head(ids, **{name: False})
+    assert getattr(head.base_model(ids, **{name: True}), name.removeprefix("output_")) is not None
+    assert "input_ids" in inspect.signature(head.forward).parameters
+
+
 def test_save_and_load_through_auto_classes(tmp_path):
     model, ids = make_model("qwen3-like"), make_ids(1, 40)
     model.save_pretrained(tmp_path)
@@ -256,12 +295,31 @@ def test_gradient_checkpointing_gives_the_same_gradients(variant):
         (torch.ones(2, 1, 20, 20), r"`attention_mask` must be 2-D, got \[2, 1, 20, 20\]"),
         (torch.ones(2, 19), r"`attention_mask` must have shape \[2, 0 past \+ 20 new\], got \[2, 19\]"),
         (torch.full((2, 20), 0.5), "`attention_mask` must hold only 0 and 1"),
-        (torch.tensor([[1] * 20, [1] * 8 + [0] + [1] * 11]), "`attention_mask` has padding between real tokens"),
     ],
 )
 def test_masks_that_are_not_padding_are_refused(mask, message):
     with pytest.raises(ValueError, match=message):
         make_model()(make_ids(2, 20), attention_mask=mask)
+
+
+def test_padding_between_real_tokens_needs_positions_that_count_them():
+    mask = torch.tensor([[1] * 20, [1] * 8 + [0] + [1] * 11])
+    with pytest.raises(ValueError, match="`position_ids` must number the real tokens consecutively where"):
+        make_model()(make_ids(2, 20), attention_mask=mask, position_ids=torch.arange(20)[None])
+
+
+@main_variants
+def test_prompt_tuning_puts_virtual_tokens_before_the_padding(variant):
+    peft = pytest.importorskip("peft")
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model = peft.get_peft_model(make_model(variant), settings).eval()
+    ids, mask = make_ids(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :6] = 0
+    close(logits(model, ids, attention_mask=mask)[0, -14:], logits(model, ids[:1, 6:])[0, -14:])
+    answers = greedy(model, input_ids=ids, attention_mask=mask)
+    for row, start in ((0, 6), (1, 0)):
+        alone = greedy(model, input_ids=ids[row : row + 1, start:])
+        assert torch.equal(answers[row, start:], alone[0])
 
 
 def test_packed_sequences_refuse_a_mask_and_a_cache():
@@ -271,8 +329,46 @@ def test_packed_sequences_refuse_a_mask_and_a_cache():
         model(ids, cu_seq_lens_q=cu_seqlens, attention_mask=torch.ones_like(ids))
     with pytest.raises(ValueError, match="need `past_key_values=None`"):
         model(ids, cu_seq_lens_q=cu_seqlens, past_key_values=DynamicCache(config=model.config))
-    with pytest.raises(ValueError, match="`cu_seq_lens_q` must run from 0 to the number of tokens, 20"):
-        model(ids, cu_seq_lens_q=cu_seqlens - 1)
+    restarting = torch.cat((torch.arange(8), torch.arange(12)))[None]
+    with pytest.raises(ValueError, match=r"`position_ids` that restart\) need `attention_mask=None`"):
+        model(ids, position_ids=restarting, attention_mask=torch.ones_like(ids))
+    for cache in (DynamicCache(), StaticCache(config=model.config, max_cache_len=64)):
+        with pytest.raises(ValueError, match=r"`position_ids` that restart\) need `past_key_values=None`"):
+            model(ids, position_ids=restarting, past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "cu_seqlens, given",
+    [
+        ([0, 8, 20], "got a list. Pass a tensor"),
+        (torch.tensor([-1, 7, 19]), r"got \[-1, 7, 19\]"),
+        (torch.tensor([0, 12, 8, 20]), r"got \[0, 12, 8, 20\]"),
+        (torch.tensor([[0, 8, 20]]), r"got shape \[1, 3\]"),
+        (torch.tensor([], dtype=torch.int32), r"got shape \[0\]"),
+        (torch.tensor([0.0, 20.0]), r"got shape \[2\] of torch.float32"),
+    ],
+)
+def test_lengths_of_packed_sequences_are_checked(cu_seqlens, given):
+    with pytest.raises(ValueError, match="`cu_seq_lens_q` must run from 0 to the number of tokens, 20.*" + given):
+        make_model()(make_ids(1, 20), cu_seq_lens_q=cu_seqlens)
+
+
+@pytest.mark.parametrize(
+    "inputs, message",
+    [
+        ({"input_ids": make_ids(20)}, r"`input_ids` must have shape \[batch, tokens\].*got \[20, 32\] after"),
+        ({"inputs_embeds": torch.zeros(20, 32)}, r"or `inputs_embeds` \[batch, tokens, hidden_size\], got \[20, 32\]"),
+        ({"position_ids": torch.arange(20)}, r"`position_ids` must be a tensor \[2, 20\] or \[1, 20\].*got \[20\]"),
+        ({"position_ids": torch.arange(19)[None]}, r"got \[1, 19\]"),
+        ({"position_ids": torch.arange(20).expand(3, 20)}, r"got \[3, 20\]"),
+        ({"position_ids": [list(range(20))]}, "got list"),
+    ],
+)
+def test_shapes_are_checked(inputs, message):
+    if "position_ids" in inputs:
+        inputs = {"input_ids": make_ids(2, 20), **inputs}
+    with pytest.raises(ValueError, match=message):
+        make_model()(**inputs)
 
 
 def test_the_triton_backend_is_not_replaced_silently(monkeypatch):
