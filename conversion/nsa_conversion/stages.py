@@ -54,9 +54,9 @@ class StageArguments:
     stage: str = field(
         default="sft",
         metadata={
-            "help": "warmup: φ and what it alone reads learn from the dense attention of the frozen model; adapt: all "
-            "weights learn from the next token, the logits of --teacher and the dense choice of blocks; sft: from the "
-            "next token.",
+            "help": "warmup: φ and the projections that only it reads learn from the dense attention of the frozen "
+            "model; adapt: all weights learn from the next token, the logits of --teacher and the dense choice of "
+            "blocks; sft: from the next token.",
             "choices": STAGES,
         },
     )
@@ -95,8 +95,8 @@ class StageArguments:
     new_parameter_lr: float | None = field(
         default=None,
         metadata={
-            "help": "warmup, adapt: learning rate of φ, what it alone reads, and the gates; all else uses "
-            "--learning-rate (default: 1e-3)."
+            "help": "warmup, adapt: learning rate of φ, the projections that only it reads, and the gates; all else "
+            "uses --learning-rate (default: 1e-3)."
         },
     )
     anneal_blocks: float | None = field(
