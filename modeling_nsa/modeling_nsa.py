@@ -273,7 +273,6 @@ class NSAModel(NSAPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        _check_shapes(inputs_embeds, position_ids)
 
         if self.config.nsa_backend == "auto" and not torch.compiler.is_compiling():
             _warn_of_slow_path(inputs_embeds.device)
@@ -281,6 +280,8 @@ class NSAModel(NSAPreTrainedModel):
         shard: ContextShard | None = kwargs.pop("context_shard", None)
         if shard is not None:
             _check_parallel(self.config, attention_mask, past_key_values)
+        else:
+            _check_shapes(inputs_embeds, position_ids)
         masks = attention_mask if isinstance(attention_mask, dict) else None
         padding_mask = masks.get(NSA_LAYER_TYPE) if masks is not None else attention_mask
         if shard is None:
@@ -342,8 +343,9 @@ def _check_shapes(inputs_embeds, position_ids):
     B, T = inputs_embeds.shape[:2]
     given = position_ids.shape if isinstance(position_ids, torch.Tensor) else type(position_ids).__name__
     if position_ids is not None and given not in ((B, T), (1, T)):
+        shapes = f"[{B}, {T}] or [1, {T}]" if B > 1 else f"[1, {T}]"
         given = list(given) if isinstance(given, torch.Size) else given
-        raise ValueError(f"`position_ids` must be a tensor [{B}, {T}] or [1, {T}], one per new token, got {given}.")
+        raise ValueError(f"`position_ids` must be a tensor {shapes}, one position per new token, got {given}.")
 
 
 @functools.cache
