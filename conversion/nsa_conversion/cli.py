@@ -38,7 +38,8 @@ def _usage():
             *lines,
             "",
             "`nsa COMMAND --help` lists the arguments of a command. `nsa --version` prints versions.",
-            "Exit codes: 0 done, 1 a comparison failed, 2 a mistake, said in one line, 130 interrupted.",
+            "Exit codes: 0 done, 1 a comparison failed, 2 a mistake, said in one line, 130 interrupted, 141 output not "
+            "read to its end.",
             "Set NSA_DEBUG=1 for the full stack trace of an error.",
         ]
     )
