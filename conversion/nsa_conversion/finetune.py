@@ -1104,7 +1104,8 @@ def check_settings(model: str | Path, output_dir: str | Path, settings: Mapping[
         _expand_home(groups)
         _check_arguments(*groups)
     finally:  # TrainingArguments sets variables that the next one would read
-        os.environ.clear()
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
         os.environ.update(environment)
 
 
