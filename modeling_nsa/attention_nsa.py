@@ -38,7 +38,7 @@ from nsa_kernels import (
     rotate,
 )
 
-from .cache_nsa import NSACacheInput, NSAStaticLayer
+from .cache_nsa import NSACacheInput
 from .configuration_nsa import NSAConfig
 from .fusion_nsa import fuse_linears, fused_linear
 from .layout_nsa import NSALayout
@@ -465,7 +465,7 @@ class NSAAttention(NSADenseAttention):
 
     def _appends(self, layer, layout, q, new):
         """Whether kernels, which have no gradients, put the tokens into the cache: few, into a static one begun."""
-        if layout.slots is None or not isinstance(layer, NSAStaticLayer) or not layer.is_initialized:
+        if layout.slots is None or not layer.is_compileable or not layer.is_initialized:
             return False
         tensors = (q, *new.values(), *self.compress_k.weights(), *self.compress_v.weights())
         # under autocast dtypes differ, and offloaded weights lie elsewhere

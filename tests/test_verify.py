@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nsa_conversion import convert, verify
+from nsa_conversion.cli import main
 from nsa_conversion.errors import NSAError
 
 TEXT = "The committee met on Tuesday; nothing was decided, except that it would meet again. " * 20
@@ -67,6 +68,14 @@ def test_rounded_weights_get_no_verdict(tmp_path):
     assert report.exact is None
     assert report.max_abs_logit_diff > 0
     assert "rounded" in str(report)
+
+
+def test_without_gate_scales_no_equality_is_expected(tmp_path, capsys):
+    source = tiny.make_checkpoint(tmp_path / "source", "llama")
+    sizes = [f"--{name.replace('_', '-')}={value}" for name, value in tiny.SMALL_NSA.items()]
+    arguments = ["convert", str(source), str(tmp_path / "nsa"), *sizes, "--no-gate-scale", "--no-progress"]
+    assert main([*arguments, "--verify", "--verify-length", "64"]) == 0
+    assert "does not start out equal" in capsys.readouterr().out
 
 
 def test_a_source_that_names_no_dtype_is_judged_by_its_tensors(tmp_path):

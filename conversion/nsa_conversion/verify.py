@@ -21,7 +21,8 @@ class VerifyReport:
         exact_tokens (int): T of the logit comparison, at most n·l'.
         max_abs_logit_diff (float): max |Δlogit| over these tokens.
         max_abs_logit (float): the source's largest |logit| there.
-        exact (bool | None): the difference is rounding only; None if the conversion itself rounded the weights.
+        exact (bool | None): the difference is rounding only; None if equality is not to be expected.
+        reason (str | None): why it is not: the conversion rounded the weights, or has no `gate_scale`.
         length (int): tokens of the loss comparison.
         losses (dict[str, tuple[PositionBucket, ...]]): loss by position of `"source"` and `"NSA"`, nats per token.
         text (str): what was read: `"the given text"`, `"built-in text"` or `"random tokens"`.
@@ -31,6 +32,7 @@ class VerifyReport:
     max_abs_logit_diff: float
     max_abs_logit: float
     exact: bool | None
+    reason: str | None
     length: int
     losses: dict[str, tuple]
     text: str
@@ -42,7 +44,7 @@ class VerifyReport:
     def __str__(self):
         from nsa_conversion.loss import format_position_table
 
-        verdict = {True: "equal", False: "NOT equal", None: "the weights were rounded to another dtype"}[self.exact]
+        verdict = {True: "equal", False: "NOT equal", None: self.reason}[self.exact]
         return "\n".join(
             [
                 f"max |Δlogit| over {self.exact_tokens:,} tokens: {self.max_abs_logit_diff:.3e} "
@@ -121,12 +123,17 @@ def verify(
         name: tuple(loss_by_position(model, ids, edges, progress=progress, description=name))
         for name, model in (("source", dense), ("NSA", nsa))
     }
-    rounded = _epsilon(AutoConfig.from_pretrained(find_model(dest) or dest).dtype) > _epsilon(_stored_dtype(found))
+    reason = None
+    if not config.gate_scale:
+        reason = "without gate scales (--no-gate-scale) it does not start out equal"
+    elif _epsilon(AutoConfig.from_pretrained(find_model(dest) or dest).dtype) > _epsilon(_stored_dtype(found)):
+        reason = "the weights were rounded to another dtype"
     return VerifyReport(
         exact_tokens=exact_tokens,
         max_abs_logit_diff=difference,
         max_abs_logit=largest,
-        exact=None if rounded else difference <= TOLERANCE * largest,
+        exact=difference <= TOLERANCE * largest if reason is None else None,
+        reason=reason,
         length=ids.shape[1],
         losses=losses,
         text=origin,
