@@ -5,6 +5,10 @@
 The `full` tests measure the same claims at full size: `pytest -m full tests/test_smollm2.py`.
 """
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -100,3 +104,25 @@ def test_every_new_parameter_learns_by_step_3(models):
     new = {name for name, _ in sparse.named_parameters() if name not in old}
     assert len(new) > 500
     assert new <= learned, sorted(new - learned)[:5]
+
+
+_READ = """
+import resource, sys, torch
+from nsa_conversion import load_model
+from nsa_conversion.data import builtin_text
+model, tokenizer = load_model(sys.argv[1], dtype="float32", device="cpu")
+ids = tokenizer(builtin_text(), return_tensors="pt").input_ids[:, :8192]
+with torch.no_grad():
+    print(model(ids, use_cache=False).logits.shape[1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.full
+def test_8192_tokens_fit_into_8_gb(tmp_path):
+    convert(smollm2_gguf(), tmp_path / "nsa")
+    paths = os.pathsep.join(sys.path)
+    command = [sys.executable, "-c", _READ, str(tmp_path / "nsa")]
+    out = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=True)
+    tokens, kib = map(int, out.stdout.split())
+    assert tokens == 8192
+    assert kib * 1024 < 8e9
