@@ -133,6 +133,29 @@ def test_two_runs_give_the_same_bits():
         assert torch.equal(a, b)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 4, 16])
+def test_two_runs_give_the_same_bits_on_a_gpu(groups):
+    inputs = make_inputs(6000, 2, groups, 128, 128, PAPER, dtype=torch.bfloat16, batch=1)  # block 0's list is split
+    do = torch.randn_like(inputs[0])
+    first, second = (run("triton", inputs, do, **PAPER) for _ in range(2))
+    for a, b in zip((first[0], *first[2]), (second[0], *second[2])):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_the_host_never_waits():
+    inputs = make_inputs(3000, 2, 4, 64, 64, PAPER, dtype=torch.bfloat16)
+    do = torch.randn_like(inputs[0])
+    run("triton", inputs, do, **PAPER)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run("triton", inputs, do, **PAPER)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("shared_kv", [False, True])
 def test_the_model_learns_the_same(shared_kv):
     changes = {"shared_kv": shared_kv, "head_dim": 16, "select_block_size": 16, "num_hidden_layers": 1}
