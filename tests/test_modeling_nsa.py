@@ -263,6 +263,35 @@ def test_task_heads_refuse_outputs_that_they_would_drop(task, name):
     assert "input_ids" in inspect.signature(head.forward).parameters
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_task_heads_answer_a_padded_row_as_they_do_alone_and_learn(task, side):
+    torch.manual_seed(0)
+    head = getattr(modeling_nsa, f"NSAFor{task}")(NSAConfig(**BASE, num_labels=3, pad_token_id=0)).eval()
+    rows, lengths = make_ids(2, 60), (60, 41)
+    mask = torch.zeros(2, 60, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, -length:] = 1
+        if side == "right":
+            mask[row] = mask[row].flip(0)
+    ids = rows * mask
+    labels = {
+        "SequenceClassification": {"labels": torch.tensor([0, 2])},
+        "TokenClassification": {"labels": torch.ones_like(ids).masked_fill(mask == 0, -100)},
+        "QuestionAnswering": {"start_positions": torch.tensor([25, 25]), "end_positions": torch.tensor([30, 30])},
+    }[task]
+    names = ("start_logits", "end_logits") if task == "QuestionAnswering" else ("logits",)
+    together = head(ids, attention_mask=mask, **labels)
+    for row in range(2):
+        real = mask[row].bool()
+        alone = head(ids[row : row + 1, real])
+        for name in names:
+            got, want = together[name][row], alone[name][0]
+            close(got if task == "SequenceClassification" else got[real], want)
+    together.loss.backward()
+    assert all(parameter.grad is not None for parameter in head.base_model.layers[0].parameters())
+
+
 def test_save_and_load_through_auto_classes(tmp_path):
     model, ids = make_model("qwen3-like"), make_ids(1, 40)
     model.save_pretrained(tmp_path)
