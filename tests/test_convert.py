@@ -85,6 +85,28 @@ def edit_json(path, **changes):
 # What a conversion gives
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 4.0},
+        {
+            "rope_type": "longrope",
+            "factor": 4.0,
+            "short_factor": [1.0, 1.1, 1.3, 1.7],
+            "long_factor": [1.0, 2.0, 3.0, 4.0],
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_frequencies_that_change_with_the_length(tmp_path, rope):
+    limit = EXACT_TOKENS // 2  # the scaled half of what must be equal lies behind it
+    rope = {"rope_theta": 1e4, "original_max_position_embeddings": limit, **rope}
+    source = tiny.make_checkpoint(tmp_path / "dense", max_position_embeddings=limit, rope_parameters=rope)
+    run(source, tmp_path / "nsa")
+    assert_equal_logits(source, tmp_path / "nsa", limit)
+    assert_equal_logits(source, tmp_path / "nsa")
+
+
 @pytest.mark.parametrize("arch", tiny.ARCHITECTURES)
 @pytest.mark.parametrize("shared_kv", [False, True])
 def test_logits_are_equal_up_to_the_selected_tokens(tmp_path, arch, shared_kv):
