@@ -31,9 +31,8 @@ from tqdm.auto import tqdm
 
 from nsa_conversion import NSAError, convert, load_model, smollm2_gguf
 from nsa_conversion.data import builtin_text
-from nsa_conversion.diagnosis import forced_blocks
+from nsa_conversion.diagnosis import choose_blocks, forced_blocks
 from nsa_conversion.loss import take_slices, token_losses
-from nsa_kernels import topn_blocks
 from nsa_kernels.reference import fold_importance
 
 __all__ = ["main", "measure"]
@@ -59,8 +58,7 @@ class _Scorer:
         sizes = {"compress_block_size", "compress_stride", "select_block_size"}
         blocks = -(-len(q) // config.select_block_size)
         imp = fold_importance(p[None], num_blocks=blocks, **{name: getattr(config, name) for name in sizes})
-        names = ("select_block_size", "num_selected_blocks", "num_initial_blocks", "num_local_blocks")
-        return topn_blocks(imp, **{name: getattr(config, name) for name in names})[0]
+        return choose_blocks(imp[0], config)
 
     def _shares(self, attention, q, k, head) -> torch.Tensor:
         """Softmax over the compressed blocks, summed over the group: q [T, G, D], k [T, D] -> [T, C]."""

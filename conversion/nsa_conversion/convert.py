@@ -638,7 +638,7 @@ def main(argv: list[str]) -> int:
         argv (list[str]): the arguments after `nsa convert`.
 
     Returns:
-        int: 0; 1 if --verify finds that the logits are not equal, which rounding to another --dtype does not count as.
+        int: 0; 1 if --verify finds logits that are not equal where they should be (see `VerifyReport.exact`).
 
     Raises:
         NSAError, OSError: as `convert` and `verify`.

@@ -24,7 +24,7 @@ from nsa_kernels import selected_attention, topn_blocks
 from .errors import NSAError
 from .loss import PositionBucket, losses_by_position, token_losses
 
-__all__ = ["NEIGHBOURS", "Diagnosis", "block_mass", "diagnose", "forced_blocks", "is_sparse"]
+__all__ = ["NEIGHBOURS", "Diagnosis", "block_mass", "choose_blocks", "diagnose", "forced_blocks", "is_sparse"]
 
 NEIGHBOURS = (2, 4, 8, 16)
 # Probabilities held at once, in elements.
@@ -127,8 +127,16 @@ def _sizes(config) -> dict[str, int]:
     return {name: getattr(config, name) for name in names}
 
 
-def _choose(importance: torch.Tensor, config, start: int) -> torch.Tensor:
-    """[c, H, S] -> int32 [c, H, n], the forced blocks included."""
+def choose_blocks(importance: torch.Tensor, config, start: int = 0) -> torch.Tensor:
+    """The n blocks of highest importance, those that are forced first, for the queries from `start` on.
+
+    Args:
+        importance: [c, H, S].
+        config: the model's `NSAConfig`.
+
+    Returns:
+        int32 [c, H, n], ascending, padded with -1.
+    """
     return topn_blocks(importance[None], q_offset=start, **_sizes(config))[0]
 
 
@@ -139,7 +147,7 @@ def _oracle(attention, q, k) -> torch.Tensor:
     chosen = []
     for start, stop in _chunks(0, tokens, group * tokens):
         mass = block_mass(q, k, start, stop, config.select_block_size, attention.scaling)
-        chosen.append(_choose(mass.unflatten(1, (-1, group)).sum(2), config, start))
+        chosen.append(choose_blocks(mass.unflatten(1, (-1, group)).sum(2), config, start))
     return torch.cat(chosen)
 
 
@@ -148,7 +156,7 @@ def _recent(attention, q, k) -> torch.Tensor:
     config, tokens = attention.config, len(q)
     blocks = torch.arange(-(-tokens // config.select_block_size), device=q.device, dtype=torch.float32)
     chosen = [
-        _choose(blocks.expand(stop - start, k.shape[1], -1), config, start)
+        choose_blocks(blocks.expand(stop - start, k.shape[1], -1), config, start)
         for start, stop in _chunks(0, tokens, k.shape[1] * len(blocks))
     ]
     return torch.cat(chosen)
@@ -228,7 +236,7 @@ class _Statistics:
         for start, stop in _chunks(n * config.select_block_size, tokens, group * tokens):
             mass = block_mass(q, k, start, stop, config.select_block_size, attention.scaling)  # [c, HQ, S]
             own = _as_mask(blocks[start:stop], mass.shape[-1])  # [c, H, S]
-            dense = _as_mask(_choose(mass.unflatten(1, (-1, group)).sum(2), config, start), mass.shape[-1])
+            dense = _as_mask(choose_blocks(mass.unflatten(1, (-1, group)).sum(2), config, start), mass.shape[-1])
             self.add("block recall", (own & dense).sum(-1) / dense.sum(-1))
             self.add("mass recall", (mass * own.repeat_interleave(group, dim=1)).sum(-1))
             self.add("dense mass recall", (mass * dense.repeat_interleave(group, dim=1)).sum(-1))
