@@ -40,7 +40,11 @@ __all__ = [
 ]
 
 # query heads, key/value heads, head dim
-SHAPES = {"HQ64-H4-D128": (64, 4, 128), "HQ32-H8-D128": (32, 8, 128), "HQ9-H3-D64": (9, 3, 64)}
+# Query heads, key heads, head dim: the paper's, and of Llama 3 8B, 3.2 3B and 70B, Qwen 2.5 14B and 7B, SmolLM2 135M.
+SHAPES = {
+    f"HQ{HQ}-H{H}-D{D}": (HQ, H, D)
+    for HQ, H, D in [(64, 4, 128), (32, 8, 128), (24, 8, 128), (64, 8, 128), (40, 8, 128), (28, 4, 128), (9, 3, 64)]
+}
 SIZES = {
     "compress_block_size": 32,
     "compress_stride": 16,
