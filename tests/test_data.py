@@ -289,6 +289,9 @@ def test_facts_are_stated_once_and_used_once_further_on(tokenizer):
         assert set(numbers.values()) == {2}
         drawn.append(set(numbers))
     assert drawn[0] != drawn[1]
+    assert max(map(len, drawn)) > MIN_FACTS
+    rows = practise_retrieval(pack([long] * 4, len(long)), 0.0, 1.0, 1000, tokenizer, max_facts=MIN_FACTS)
+    assert all(len(set(re.findall(r"\d{3,}", tokenizer.decode(tokens)))) <= MIN_FACTS for tokens in read(rows))
 
 
 def test_facts_leave_half_of_a_text(tokenizer):

@@ -421,6 +421,7 @@ def test_a_failed_save_leaves_no_half_model(tmp_path, monkeypatch, checkpoint, t
         ({"train_file": "TEXT", "max_length": 1}, "--max-length must be at least 2 tokens, got 1"),
         ({"train_file": "TEXT", "eval_fraction": 1.5}, "--eval-fraction must be at least 0 and less than 1, got 1.5"),
         ({"train_file": "TEXT", "eval_slices": -1}, "--eval-slices must not be negative, got -1"),
+        ({"train_file": "TEXT", "max_facts": 7}, "--max-facts must be at least 8, got 7"),
         ({"train_file": "TEXT", "eval_file": "missing.txt"}, "missing.txt does not exist"),
         ({"train_file": "TEXT", "dtype": "float8"}, "dtype must be one of float32, bfloat16, float16, got 'float8'"),
         ({"train_file": "TEXT", "save_dtype": "int8"}, "save_dtype must be one of"),

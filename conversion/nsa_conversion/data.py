@@ -448,15 +448,16 @@ def repeat_passage(tokens: np.ndarray, rng: random.Random) -> np.ndarray:
     return changed
 
 
-def state_facts(tokens: np.ndarray, rng: random.Random, tokenizer) -> np.ndarray:
+def state_facts(tokens: np.ndarray, rng: random.Random, tokenizer, most: int = MAX_FACTS) -> np.ndarray:
     """Write made-up facts into a document, each once, and once more further on: what is not found is not known.
 
-    Names are two words of the document, values numbers or other words. Facts are stated anywhere in its first nine
-    tenths; half of them are used somewhere behind, the others one after the other at its end. The length stays: the
-    end of the text gives way, and at least half of it stays. A document of too few words is left as it is.
+    There are MIN_FACTS to `most` of them. Names are two words of the document, values numbers or other words. Facts are
+    stated anywhere in its first nine tenths; half of them are used somewhere behind, the others one after the other at
+    its end. The length stays: the end of the text gives way, and at least half of it stays. A document of too few words
+    is left as it is.
     """
     words = sorted(set(re.findall(r"\b[a-z]{4,9}\b", tokenizer.decode(tokens))))
-    count = min(rng.randint(MIN_FACTS, MAX_FACTS), len(words) // 4)
+    count = min(rng.randint(MIN_FACTS, most), len(words) // 4)
     names, others = (rng.sample(words, 2 * count) for _ in range(2))
     sentences, places = [], []
     for fact in range(count):
@@ -480,7 +481,13 @@ def state_facts(tokens: np.ndarray, rng: random.Random, tokenizer) -> np.ndarray
 
 
 def practise_retrieval(
-    rows: PackedRows, repeat_share: float, fact_share: float, shortest: int, tokenizer, seed: int = 0
+    rows: PackedRows,
+    repeat_share: float,
+    fact_share: float,
+    shortest: int,
+    tokenizer,
+    seed: int = 0,
+    max_facts: int = MAX_FACTS,
 ) -> PackedRows:
     """Rows in which some documents are changed by `repeat_passage` and `state_facts`, drawn anew in every epoch.
 
@@ -490,13 +497,14 @@ def practise_retrieval(
         shortest: tokens.
         tokenizer: of the tokens.
         seed: of what is drawn.
+        max_facts: in a document.
     """
 
     def change(tokens, rng):
         if len(tokens) >= shortest and rng.random() < repeat_share:
             tokens = repeat_passage(tokens, rng)
         if len(tokens) >= shortest and rng.random() < fact_share:
-            tokens = state_facts(tokens, rng, tokenizer)
+            tokens = state_facts(tokens, rng, tokenizer, max_facts)
         return tokens
 
     return PackedRows(rows.rows, change, seed)

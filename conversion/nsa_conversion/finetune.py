@@ -54,6 +54,8 @@ from transformers.utils import (
 from .card import write_card
 from .context import ContextArguments, ContextTrainerMixin
 from .data import (
+    MAX_FACTS,
+    MIN_FACTS,
     PackedRows,
     PackedRowsCollator,
     encode_documents,
@@ -182,6 +184,9 @@ class DataArguments:
             "help": "Share of the long training documents into which made-up facts are written, each stated once and "
             "used once further on, drawn anew in every epoch: practice for retrieval."
         },
+    )
+    max_facts: int = field(
+        default=MAX_FACTS, metadata={"help": f"Facts that --fact-share writes into a document, {MIN_FACTS} or more."}
     )
     eval_file: list[str] | None = field(default=None, metadata={"help": "Files to evaluate on; same formats."})
     eval_fraction: float = field(
@@ -396,6 +401,8 @@ def _check_arguments(
         if not 0 <= getattr(data, name) <= 1:
             flag = f"--{name.replace('_', '-')}"
             raise NSAError(f"{flag} must be at least 0 and at most 1, got {getattr(data, name)}")
+    if data.max_facts < MIN_FACTS:
+        raise NSAError(f"--max-facts must be at least {MIN_FACTS}, got {data.max_facts}")
     if data.eval_slices < 0:
         raise NSAError(f"--eval-slices must not be negative, got {data.eval_slices}")
     if lora.lora:
@@ -940,7 +947,7 @@ def _run(
     rows = pack(encoded, data.max_length, data.full_rows)
     if data.repeat_share or data.fact_share:
         shares = (data.repeat_share, data.fact_share)
-        rows = practise_retrieval(rows, *shares, data.max_length // 2, tokenizer, args.seed)
+        rows = practise_retrieval(rows, *shares, data.max_length // 2, tokenizer, args.seed, data.max_facts)
     eval_rows: PackedRows | None = pack(held_out, data.max_length) if held_out else None
     texts = _evaluation_texts(held_out, data.max_length, data.eval_slices)
 
