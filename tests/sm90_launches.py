@@ -17,7 +17,7 @@ def compile_launches(code: str, timeout: int = 300) -> list[dict]:
         code: Python source; tensors lie on the CPU and nothing is computed.
 
     Returns:
-        For each launch {"kernel", "shared" (bytes)} and what `sm90._resources` reads.
+        For each launch {"kernel", "warps", "shared" (bytes)} and what `sm90._resources` reads.
     """
     from sm90 import _ROOT
 
@@ -59,7 +59,8 @@ def _main():
             compiled = kernel.run(*args, grid=grid, warmup=True, **kwargs)
             compiled = compiled.result() if hasattr(compiled, "result") else compiled
             resources = _resources(compiled.asm["cubin"])
-            results.append({"kernel": kernel.__name__, **resources, "shared": compiled.metadata.shared})
+            facts = {"warps": compiled.metadata.num_warps, "shared": compiled.metadata.shared}
+            results.append({"kernel": kernel.__name__, **resources, **facts})
 
         return launch
 

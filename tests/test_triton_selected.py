@@ -118,6 +118,35 @@ def test_more_heads_than_a_tile_holds():
     check(5, 1, 70, 16, 16, 2, 16)
 
 
+SCATTERED = [{}, {"batch": 3, "leftpad": [0, 19, 150]}, {"q_offset": 30}, {"lengths": (1, 139, 1, 117)}]
+
+
+@pytest.mark.parametrize("where", SCATTERED, ids=["plain", "padded", "cached", "packed"])
+@pytest.mark.parametrize("groups", [16, 21])
+def test_queries_taken_alone(groups, where, monkeypatch):
+    """Tiles of both kinds: neighbours that share their blocks, and neighbours that do not."""
+    built, found = selected._union_lists, []
+    monkeypatch.setattr(selected, "_union_lists", lambda *x: found.append(built(*x)) or found[-1])
+    q_len, block, n = sum(where.get("lengths", [150])), 8, 3
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.rand(where.get("batch", 1), q_len, 1, 23, generator=generator).argsort(-1)[..., :n].int()
+    indices[:, : q_len // 3] = 0
+    indices = (indices[0] if "lengths" in where else indices).to(DEVICE)
+    check(q_len, 1, groups, 16, 24, n, block, indices=indices, **where)
+    assert len(found) == 2  # forward and backward
+    for unions in found:
+        assert unions.alone is not None
+        assert {True, False} == set((unions.counts > unions.limit).flatten().tolist())
+
+
+def test_queries_are_not_taken_alone_where_unions_are_short():
+    q, *_ = make_qkv(64, 64, 1, 16, 16, 16)
+    indices = choose((1, 64, 1, 3), 4)
+    unions = selected._union_lists(indices, 64, Layout(q), 16, *selected._tiles(16, 3))
+    assert unions.alone is None
+    assert unions.counts.max() <= unions.limit
+
+
 def test_inputs_whose_last_dim_is_strided():
     q, k, v = make_qkv(30, 30, 2, 1, 16, 16)
     indices = choose((1, 30, 2, 2), 2)
@@ -217,12 +246,16 @@ indices = torch.empty(1, 4096, {heads}, 16, dtype=torch.int32)
 o, lse = selected_forward(q, k, v, indices, 64, 0.1, Layout(q))
 selected_backward(o, q, k, v, indices, pack_stats(lse, lse), 64, 0.1, Layout(q))
 """)
-    assert {"_forward_kernel", "_dq_kernel", "_dkdv_kernel"} <= {launch["kernel"] for launch in launches}
+    attention = ("_forward_kernel", "_dq_kernel", "_dkdv_kernel")
+    assert set(attention) <= {launch["kernel"] for launch in launches}
+    # a query taken alone has too few rows for wgmma
+    alone = [launch for launch in launches if launch["kernel"] in attention and launch["warps"] < 4]
+    assert [launch["kernel"] for launch in alone] == (["_forward_kernel", "_dq_kernel"] if groups == 16 else [])
     for launch in launches:
         assert launch["spills"] == 0, launch
         assert not launch["serialized"], launch
         assert launch["shared"] <= MAX_SHARED, launch
-        assert launch["wgmma"] == (launch["kernel"] in ("_forward_kernel", "_dq_kernel", "_dkdv_kernel")), launch
+        assert launch["wgmma"] == (launch["kernel"] in attention and launch not in alone), launch
 
 
 @pytest.mark.gpu
@@ -231,6 +264,9 @@ selected_backward(o, q, k, v, indices, pack_stats(lse, lse), 64, 0.1, Layout(q))
     "q_len, heads, groups, dim, v_dim, n, block",
     [
         (1000, 2, 16, 128, 128, 16, 64),
+        (1000, 2, 16, 128, 128, 4, 16),
+        (900, 1, 20, 192, 128, 4, 16),
+        (900, 1, 17, 256, 96, 5, 32),
         (1000, 2, 4, 128, 128, 16, 64),
         (777, 3, 3, 64, 64, 16, 64),
         (1025, 2, 1, 80, 80, 8, 64),

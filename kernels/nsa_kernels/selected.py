@@ -3,12 +3,15 @@
 """Attention to the selected blocks in Triton, over the union of the blocks that neighbouring queries chose.
 
 Forward and dQ: a program holds a tile of TQ neighbouring queries times the heads of a group (about 64 rows) and walks
-the union of their blocks; a word per block tells which of its queries chose it. dK/dV: a program holds a block and
-walks the exact list of the queries that chose it, in ascending order; long lists are split and their fp32 parts are
-summed in a fixed order, so that two runs give the same bits.
+the union of their blocks; a word per block tells which of its queries chose it. Where neighbours chose different
+blocks, and the heads of one query fill a matrix product, a second launch takes each of them alone (`_walks`). dK/dV: a
+program holds a block and walks the exact list of the queries that chose it, in ascending order; long lists are split
+and their fp32 parts are summed in a fixed order, so that two runs give the same bits.
 
 Symbols: see `reference.py`. L is l', NP the next power of two of n, GT the heads of a group in one tile.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -52,6 +55,8 @@ _SPLIT, _SHORT_SPLIT, _BUSY = 2048, 256, 2048
 # Cells of the (block, chunk) table of one call that builds query lists; more heads than fit are taken one by one.
 _MAX_CELLS = 2**28
 _NO_BLOCK = tl.constexpr(2**31 - 1)
+# Heads from which a program may hold one query alone, and the part of TQ·n blocks in a union above which it does.
+_ALONE, _LONG = 16, 0.7
 
 
 def selected_attention(
@@ -116,34 +121,68 @@ def _shape_arguments(q, k, v, select_block_size):
     }
 
 
-def _union_lists(block_indices, keys, layout, select_block_size, tile):
+class _Unions(NamedTuple):
+    """Blocks that the queries of each tile chose together, see `_union_lists`."""
+
+    blocks: torch.Tensor
+    words: torch.Tensor
+    counts: torch.Tensor
+    limit: int
+    alone: torch.Tensor | None
+    alone_counts: torch.Tensor | None
+
+
+def _union_lists(block_indices, keys, layout, select_block_size, tile, heads):
     """Blocks that the queries of each tile chose together.
 
     Args:
         block_indices: `[B, T, H, n]`.
         keys: TK.
+        tile, heads: TQ and GT.
 
     Returns:
         blocks: int32 `[B, H, tiles, capacity]`, ascending.
         words: int32 or int64 `[B, H, tiles, capacity + 1]`: `words[u + 1] - words[u]` has bit i set if the tile's query
             i chose block u.
         counts: int32 `[B, H, tiles]`.
+        limit: Of a tile with more blocks, each query is taken alone.
+        alone, alone_counts: The same for tiles of one query, of those tiles only: int32 `[B, H, tiles, n]` and `[B, H,
+            tiles]`. None where no union can be so long.
     """
     B, _T, H, n = block_indices.shape
     tiles = layout.tiles(tile)
     capacity = max(1, min(tile * n, cdiv(keys, select_block_size)))
-    blocks = torch.empty(B, H, tiles, capacity, dtype=torch.int32, device=block_indices.device)
-    words = torch.empty(
-        B, H, tiles, capacity + 1, dtype=torch.int32 if tile <= 32 else torch.int64, device=block_indices.device
-    )
-    counts = torch.empty(B, H, tiles, dtype=torch.int32, device=block_indices.device)
+    device = block_indices.device
+    blocks = torch.empty(B, H, tiles, capacity, dtype=torch.int32, device=device)
+    words = torch.empty(B, H, tiles, capacity + 1, dtype=torch.int32 if tile <= 32 else torch.int64, device=device)
+    counts = torch.empty(B, H, tiles, dtype=torch.int32, device=device)
+    limit, alone, alone_counts = capacity, None, None
+    if tile > 1 and heads >= _ALONE and capacity > int(_LONG * tile * n):
+        limit = int(_LONG * tile * n)
+        alone = torch.empty(B, H, layout.tiles(1), n, dtype=torch.int32, device=device)
+        alone_counts = torch.empty(B, H, layout.tiles(1), dtype=torch.int32, device=device)
     rows, width = next_power_of_2(tile), next_power_of_2(n)
     _union_kernel[(tiles, H, B)](
-        block_indices, blocks, words, counts, layout.map(tile), *block_indices.stride()[:3], **layout.where(),
-        TK=keys, n=n, capacity=capacity, TILE=tile, ROWS=rows, NP=width, L=select_block_size,
+        block_indices, blocks, words, counts, alone, alone_counts, layout.map(tile), *block_indices.stride()[:3],
+        **layout.where(), TK=keys, n=n, capacity=capacity, limit=limit, tiles_alone=layout.tiles(1), TILE=tile,
+        ROWS=rows, NP=width, L=select_block_size, ALONE=alone is not None,
         num_warps=max(1, min(4, rows * width // 128)),
     )  # fmt: skip
-    return blocks, words, counts
+    return _Unions(blocks, words, counts, limit, alone, alone_counts)
+
+
+def _walks(unions, layout, tile, config, alone_config):
+    """The launches that take all tiles: those with short unions, then the queries of the others, each alone.
+
+    Yields:
+        queries of a program; blocks, words, counts and map of its lists; its other sizes; configuration.
+    """
+    lists = {"limit": unions.limit, "long_ptr": unions.counts, "long_tiles": unions.counts.shape[-1]}
+    blocks, words, counts = unions[:3]
+    yield tile, (blocks, words, counts, layout.map(tile)), {**lists, "TILE": tile, "LONG": 0}, config
+    if unions.alone is not None:
+        where = (unions.alone, words, unions.alone_counts, layout.map(1))
+        yield 1, where, {**lists, "TILE": 1, "LONG": tile}, alone_config
 
 
 def selected_forward(q, k, v, block_indices, select_block_size, scale, layout):
@@ -152,16 +191,17 @@ def selected_forward(q, k, v, block_indices, select_block_size, scale, layout):
     q, k, v, block_indices, b_o, b_lse = map(layout.rows, (q, k, v, block_indices, o, lse[..., None]))
     H, n = block_indices.shape[2:]
     tile, heads = _tiles(q.shape[2] // H, n)
-    blocks, words, counts = _union_lists(block_indices, k.shape[1], layout, select_block_size, tile)
+    unions = _union_lists(block_indices, k.shape[1], layout, select_block_size, tile, heads)
     groups = cdiv(q.shape[2] // H, heads)
-    if q.numel():
-        config = _forward_config(*_shape_key(q, k, v, select_block_size))
-        _forward_kernel[(layout.tiles(tile), H * groups, layout.B)](
-            q, b_o, b_lse, blocks, words, counts, layout.map(tile), *q.stride()[:3], *b_o.stride()[:3],
+    wide = _forward_config(*_shape_key(q, k, v, select_block_size))
+    alone = {**_alone_config(heads, q.dtype, q.shape[-1], v.shape[-1], select_block_size), "LATE": False}
+    for rows, lists, sizes, config in _walks(unions, layout, tile, wide, alone) if q.numel() else ():
+        _forward_kernel[(layout.tiles(rows), H * groups, layout.B)](
+            q, b_o, b_lse, *lists, *q.stride()[:3], *b_o.stride()[:3],
             *b_lse.stride()[:3], **describe("k", k, config["BLOCK_N"], packed=layout.packed),
             **describe("v", v, config["BLOCK_N"], packed=layout.packed),
-            **layout.where(), TK=k.shape[1], scale=scale, H=H, capacity=blocks.shape[-1], TILE=tile, GT=heads,
-            GROUPS=groups, **_shape_arguments(q, k, v, select_block_size), **config,
+            **layout.where(), TK=k.shape[1], scale=scale, H=H, capacity=lists[0].shape[-1], GT=heads,
+            GROUPS=groups, **sizes, **_shape_arguments(q, k, v, select_block_size), **config,
         )  # fmt: skip
     return o, lse
 
@@ -169,6 +209,16 @@ def selected_forward(q, k, v, block_indices, select_block_size, scale, layout):
 def _shape_key(q, k, v, select_block_size):
     """What configurations are chosen by."""
     return q.get_device(), q.dtype, q.shape[-1], v.shape[-1], q.shape[2] // k.shape[2], select_block_size
+
+
+def _alone_config(heads, dtype, D, DV, select_block_size):
+    """Configuration of a program that holds the heads of one query."""
+    if dtype == torch.float32 or max(D, DV) > 128:
+        keys, warps, stages = 16, 4, 1
+    else:
+        keys, warps, stages = 64, 2, 2
+    keys = _key_tile(select_block_size, keys)
+    return {"BLOCK_M": next_power_of_2(heads), "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
 def _holds_part(config, *, select_block_size, **_shape):
@@ -303,16 +353,18 @@ _attention = define_attention(
 def _launch_dq(q, k, v, block_indices, do, stats, dq, add, layout, select_block_size, scale):
     H, n = block_indices.shape[2:]
     tile, heads = _tiles(q.shape[2] // H, n)
-    blocks, words, counts = _union_lists(block_indices, k.shape[1], layout, select_block_size, tile)
+    unions = _union_lists(block_indices, k.shape[1], layout, select_block_size, tile, heads)
     groups = cdiv(q.shape[2] // H, heads)
-    config = _dq_config(*_shape_key(q, k, v, select_block_size))
-    _dq_kernel[(layout.tiles(tile), H * groups, layout.B)](
-        q, do, stats, dq, blocks, words, counts, layout.map(tile), *q.stride()[:3], *do.stride()[:3],
-        *stats.stride()[:2], *dq.stride()[:3], **describe("k", k, config["BLOCK_N"], packed=layout.packed),
-        **describe("v", v, config["BLOCK_N"], packed=layout.packed), **layout.where(), TK=k.shape[1], scale=scale, H=H,
-        capacity=blocks.shape[-1], TILE=tile, GT=heads, GROUPS=groups, ADD=add,
-        **_shape_arguments(q, k, v, select_block_size), **config,
-    )  # fmt: skip
+    wide = _dq_config(*_shape_key(q, k, v, select_block_size))
+    alone = _alone_config(heads, q.dtype, q.shape[-1], v.shape[-1], select_block_size)
+    for rows, lists, sizes, config in _walks(unions, layout, tile, wide, alone):
+        _dq_kernel[(layout.tiles(rows), H * groups, layout.B)](
+            q, do, stats, dq, *lists, *q.stride()[:3], *do.stride()[:3], *stats.stride()[:2], *dq.stride()[:3],
+            **describe("k", k, config["BLOCK_N"], packed=layout.packed),
+            **describe("v", v, config["BLOCK_N"], packed=layout.packed), **layout.where(), TK=k.shape[1], scale=scale,
+            H=H, capacity=lists[0].shape[-1], GT=heads, GROUPS=groups, ADD=add, **sizes,
+            **_shape_arguments(q, k, v, select_block_size), **config,
+        )  # fmt: skip
 
 
 def _chunk(block_indices):
@@ -416,18 +468,18 @@ def _sorted_choices(
     return code, block, new, first
 
 
-@triton.jit(do_not_specialize=["T", "TK", "q_offset", "capacity", "n"])
+@triton.jit(do_not_specialize=["T", "TK", "q_offset", "capacity", "n", "limit", "tiles_alone"])
 def _union_kernel(
-    idx_ptr, blocks_ptr, words_ptr, counts_ptr, map_ptr, stride_ib, stride_it, stride_ih, cu_ptr, leftpad_ptr, T,
-    q_offset, PACKED: tl.constexpr, LEFTPAD: tl.constexpr, TK, n, capacity, TILE: tl.constexpr, ROWS: tl.constexpr,
-    NP: tl.constexpr, L: tl.constexpr,
+    idx_ptr, blocks_ptr, words_ptr, counts_ptr, alone_ptr, alone_counts_ptr, map_ptr, stride_ib, stride_it, stride_ih,
+    cu_ptr, leftpad_ptr, T, q_offset, PACKED: tl.constexpr, LEFTPAD: tl.constexpr, TK, n, capacity, limit, tiles_alone,
+    TILE: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr, L: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """Union of the blocks that a tile's queries chose, see `_union_lists`.
 
     Grid: (tiles, H, B)
     """
     i_tile, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    _seq, start, rows, row0, pos0, pad = locate(
+    seq, start, rows, row0, pos0, pad = locate(
         i_tile, i_b, map_ptr, cu_ptr, leftpad_ptr, T, q_offset, TILE, PACKED, LEFTPAD
     )
     keys = rows if PACKED else TK - pad
@@ -447,6 +499,27 @@ def _union_kernel(
     # 32 bits add up to a word that wraps around, as the cumulative sums do
     tl.store(words_ptr + count, tl.sum(bit.to(tl.int64), 0).to(one.dtype))
     tl.store(counts_ptr + i_list, count)
+    if ALONE:
+        i_list = (i_b * tl.num_programs(1) + i_h).to(tl.int64) * tiles_alone
+        _list_alone(
+            code, block, new, count > limit, start, rows, seq, alone_ptr + i_list * n, alone_counts_ptr + i_list, n,
+            cu_ptr, TILE, ROWS, PACKED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _list_alone(
+    code, block, new, wanted, start, rows, seq, alone_ptr, counts_ptr, n, cu_ptr, TILE: tl.constexpr,
+    ROWS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """List the blocks of each of a tile's queries, if they are wanted."""
+    if wanted:
+        for i_q in tl.static_range(TILE):
+            own = new & (code % ROWS == i_q)
+            row = _block_row(start + i_q, cu_ptr, seq, 1, PACKED)
+            place = tl.cumsum(own.to(tl.int32), 0) - 1
+            tl.store(alone_ptr + row.to(tl.int64) * n + place, block, mask=own)
+            tl.store(counts_ptr + row, tl.sum(own.to(tl.int32), 0), mask=start + i_q < rows)
 
 
 @triton.jit
@@ -534,7 +607,7 @@ def _block_row(block, cu_ptr, seq, L: tl.constexpr, PACKED: tl.constexpr):
 def _next_block(
     u, word, before, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, v_desc, v_desc2, i_b, i_h, key0,
     L: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, BLOCK_N: tl.constexpr,
-    SUBS: tl.constexpr, MASKED: tl.constexpr, LATE: tl.constexpr, PACKED: tl.constexpr,
+    SUBS: tl.constexpr, MASKED: tl.constexpr, LATE: tl.constexpr, PACKED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Load part `u % SUBS` of the union's block `u // SUBS`.
 
@@ -548,7 +621,9 @@ def _next_block(
         not in a row's future, all of them unless L % BLOCK_N or MASKED; the next word and `before`.
     """
     block = tl.load(blocks_ptr + u // SUBS)
-    word_next = tl.load(words_ptr + u // SUBS + 1)
+    word_next = word
+    if TILE > 1:
+        word_next = tl.load(words_ptr + u // SUBS + 1)
     offset = 0 if SUBS == 1 else (u % SUBS) * BLOCK_N
     offs_n = offset + tl.arange(0, BLOCK_N)
     inside = offs_n < L
@@ -558,13 +633,37 @@ def _next_block(
     now = block * L + offset
     k_1, k_2 = load_tile(k_desc, k_desc2, i_b, i_h, key0, keys, now, D1, D2, PACKED)
     v_1, v_2 = load_tile(v_desc, v_desc2, i_b, i_h, key0, keys, before if LATE else now, DV1, DV2, PACKED)
-    chosen = (((word_next - word) >> i_q.to(word.dtype)) & 1) != 0
+    chosen = i_q == 0
+    if TILE > 1:
+        chosen = (((word_next - word) >> i_q.to(word.dtype)) & 1) != 0
     visible = inside[None, :] & (i_q >= 0)[:, None]
     if MASKED:
         visible = visible & (key[None, :] <= pos[:, None])
     if SUBS > 1:
         word_next = tl.where(u % SUBS == SUBS - 1, word_next, word)
     return k_1, k_2, v_1, v_2, chosen, visible, word_next, now
+
+
+@triton.jit
+def _count(
+    i_list, i_head, start, rows, seq, counts_ptr, cu_ptr, limit, long_ptr, long_tiles, LONG: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """Blocks of a program's list, or -1 if there is nothing to do: no query, or one that the other launch takes.
+
+    Args:
+        i_list, i_head: Number of the list, and of row and key head.
+        long_ptr: int32 `[B, H, long_tiles]`, blocks of each tile of LONG queries.
+        LONG: Queries of a tile whose union is too long, of which this program takes one; or 0, takes whole tiles.
+    """
+    here = start < rows
+    if LONG > 0:
+        i_tile = i_head * long_tiles + _block_row(start // LONG, cu_ptr, seq, LONG, PACKED)
+        here = here & (tl.load(long_ptr + i_tile, mask=here, other=0) > limit)
+    count = tl.load(counts_ptr + i_list, mask=here, other=-1)
+    if LONG == 0:
+        count = tl.where(count > limit, -1, count)
+    return count
 
 
 @triton.jit
@@ -577,14 +676,14 @@ def _query_rows(start, rows, i_h, i_g, TILE: tl.constexpr, GT: tl.constexpr, G: 
     return i_q, i_h * G + i_head, used
 
 
-@triton.jit(do_not_specialize=["T", "TK", "q_offset", "capacity"])
+@triton.jit(do_not_specialize=["T", "TK", "q_offset", "capacity", "limit", "long_tiles"])
 def _forward_kernel(
     q_ptr, o_ptr, lse_ptr, blocks_ptr, words_ptr, counts_ptr, map_ptr, stride_qb, stride_qt, stride_qh, stride_ob,
     stride_ot, stride_oh, stride_lb, stride_lt, stride_lh, k_desc, k_desc2, v_desc, v_desc2, cu_ptr, leftpad_ptr, T,
-    q_offset, PACKED: tl.constexpr, LEFTPAD: tl.constexpr, TK, scale, H, capacity, TILE: tl.constexpr, GT: tl.constexpr,
-    GROUPS: tl.constexpr, G: tl.constexpr, L: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, LATE: tl.constexpr,
+    q_offset, PACKED: tl.constexpr, LEFTPAD: tl.constexpr, TK, scale, H, capacity, limit, long_ptr, long_tiles,
+    TILE: tl.constexpr, LONG: tl.constexpr, GT: tl.constexpr, GROUPS: tl.constexpr, G: tl.constexpr, L: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of queries to the union of their blocks.
 
@@ -592,10 +691,14 @@ def _forward_kernel(
     """
     i_tile, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     i_h, i_g = tl.program_id(1) // GROUPS, tl.program_id(1) % GROUPS
-    _seq, start, rows, row0, pos0, pad = locate(
+    seq, start, rows, row0, pos0, pad = locate(
         i_tile, i_b, map_ptr, cu_ptr, leftpad_ptr, T, q_offset, TILE, PACKED, LEFTPAD
     )
-    if start >= rows:
+    i_list = (i_b * H + i_h) * tl.num_programs(0) + i_tile
+    count = _count(
+        i_list, i_b * H + i_h, start, rows, seq, counts_ptr, cu_ptr, limit, long_ptr, long_tiles, LONG, PACKED
+    )
+    if count < 0:
         return
     keys = rows if PACKED else TK - pad
     i_q, i_head, used = _query_rows(start, rows, i_h, i_g, TILE, GT, G, BLOCK_M)
@@ -603,10 +706,8 @@ def _forward_kernel(
     pos = pos0 + start + i_q
     q_1, q_2 = load_pair(q_ptr + i_b * stride_qb + t * stride_qt + i_head * stride_qh, used, D, D1, D2, True)
     key0 = row0 + pad
-    i_list = (i_b * H + i_h) * tl.num_programs(0) + i_tile
     blocks_ptr += i_list * capacity
     words_ptr += i_list * (capacity + 1)
-    count = tl.load(counts_ptr + i_list)
 
     SUBS: tl.constexpr = (L + BLOCK_N - 1) // BLOCK_N
     TRAILING: tl.constexpr = 1 + (TILE + L - 2) // L  # blocks that may hold keys behind the tile's first query
@@ -624,7 +725,7 @@ def _forward_kernel(
         for u in range(0, whole):
             k_1, k_2, v_1, v_2, chosen, visible, word, before = _next_block(
                 u, word, before, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, v_desc, v_desc2, i_b, i_h,
-                key0, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, False, True, PACKED,
+                key0, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, False, True, PACKED, TILE,
             )  # fmt: skip
             s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
             acc_1, acc_2 = add_values(p, alpha, acc_1, acc_2, v_1, v_2, DV2, PRECISION)
@@ -634,7 +735,7 @@ def _forward_kernel(
         for u in range(whole, count * SUBS):
             k_1, k_2, v_1, v_2, chosen, visible, word, before = _next_block(
                 u, word, before, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, v_desc, v_desc2, i_b, i_h,
-                key0, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, True, True, PACKED,
+                key0, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, True, True, PACKED, TILE,
             )  # fmt: skip
             s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
             acc_1, acc_2 = add_values(p, alpha, acc_1, acc_2, v_1, v_2, DV2, PRECISION)
@@ -646,7 +747,7 @@ def _forward_kernel(
         for u in range(0, whole):
             k_1, k_2, v_1, v_2, chosen, visible, word, _ = _next_block(
                 u, word, 0, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, v_desc, v_desc2, i_b, i_h,
-                key0, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, False, False, PACKED,
+                key0, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, False, False, PACKED, TILE,
             )  # fmt: skip
             s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
             if L % BLOCK_N != 0:
@@ -657,7 +758,7 @@ def _forward_kernel(
         for u in range(whole, count * SUBS):
             k_1, k_2, v_1, v_2, chosen, visible, word, _ = _next_block(
                 u, word, 0, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, v_desc, v_desc2, i_b, i_h,
-                key0, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, True, False, PACKED,
+                key0, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, True, False, PACKED, TILE,
             )  # fmt: skip
             s = dot_pair(q_1, q_2, k_1, k_2, D2, PRECISION)
             s = tl.where(visible, s, float("-inf"))
@@ -669,14 +770,15 @@ def _forward_kernel(
     tl.store(lse_ptr + i_b * stride_lb + t * stride_lt + i_head * stride_lh, lse, mask=used)
 
 
-@triton.jit(do_not_specialize=["T", "TK", "q_offset", "capacity"])
+@triton.jit(do_not_specialize=["T", "TK", "q_offset", "capacity", "limit", "long_tiles"])
 def _dq_kernel(
     q_ptr, do_ptr, stats_ptr, dq_ptr, blocks_ptr, words_ptr, counts_ptr, map_ptr, stride_qb, stride_qt, stride_qh,
     stride_dob, stride_dot, stride_doh, stride_sb, stride_st, stride_dqb, stride_dqt, stride_dqh, k_desc, k_desc2,
     v_desc, v_desc2, cu_ptr, leftpad_ptr, T, q_offset, PACKED: tl.constexpr, LEFTPAD: tl.constexpr, TK, scale, H,
-    capacity, TILE: tl.constexpr, GT: tl.constexpr, GROUPS: tl.constexpr, ADD: tl.constexpr, G: tl.constexpr,
-    L: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr,
-    DV2: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    capacity, limit, long_ptr, long_tiles, TILE: tl.constexpr, LONG: tl.constexpr, GT: tl.constexpr,
+    GROUPS: tl.constexpr, ADD: tl.constexpr, G: tl.constexpr, L: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr, DV2: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries, added to what is there if ADD.
 
@@ -684,10 +786,14 @@ def _dq_kernel(
     """
     i_tile, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     i_h, i_g = tl.program_id(1) // GROUPS, tl.program_id(1) % GROUPS
-    _seq, start, rows, row0, pos0, pad = locate(
+    seq, start, rows, row0, pos0, pad = locate(
         i_tile, i_b, map_ptr, cu_ptr, leftpad_ptr, T, q_offset, TILE, PACKED, LEFTPAD
     )
-    if start >= rows:
+    i_list = (i_b * H + i_h) * tl.num_programs(0) + i_tile
+    count = _count(
+        i_list, i_b * H + i_h, start, rows, seq, counts_ptr, cu_ptr, limit, long_ptr, long_tiles, LONG, PACKED
+    )
+    if count < 0:
         return
     keys = rows if PACKED else TK - pad
     i_q, i_head, used = _query_rows(start, rows, i_h, i_g, TILE, GT, G, BLOCK_M)
@@ -701,10 +807,8 @@ def _dq_kernel(
     delta = tl.load(stats_ptr + 1, mask=used, other=0.0)
     gate = tl.load(stats_ptr + 2, mask=used, other=0.0)
     key0 = row0 + pad
-    i_list = (i_b * H + i_h) * tl.num_programs(0) + i_tile
     blocks_ptr += i_list * capacity
     words_ptr += i_list * (capacity + 1)
-    count = tl.load(counts_ptr + i_list)
 
     SUBS: tl.constexpr = (L + BLOCK_N - 1) // BLOCK_N
     TRAILING: tl.constexpr = 1 + (TILE + L - 2) // L
@@ -715,7 +819,7 @@ def _dq_kernel(
     for u in range(0, whole):
         k_1, k_2, v_1, v_2, chosen, visible, word, _ = _next_block(
             u, word, 0, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, v_desc, v_desc2, i_b, i_h,
-            key0, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, False, False, PACKED,
+            key0, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, False, False, PACKED, TILE,
         )  # fmt: skip
         acc_1, acc_2 = add_dq(
             acc_1, acc_2, q_1, q_2, do_1, do_2, k_1, k_2, v_1, v_2, visible, tl.where(chosen, lse_log2, float("inf")),
@@ -724,7 +828,7 @@ def _dq_kernel(
     for u in range(whole, count * SUBS):
         k_1, k_2, v_1, v_2, chosen, visible, word, _ = _next_block(
             u, word, 0, blocks_ptr, words_ptr, i_q, pos, keys, k_desc, k_desc2, v_desc, v_desc2, i_b, i_h,
-            key0, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, True, False, PACKED,
+            key0, L, D1, D2, DV1, DV2, BLOCK_N, SUBS, True, False, PACKED, TILE,
         )  # fmt: skip
         acc_1, acc_2 = add_dq(
             acc_1, acc_2, q_1, q_2, do_1, do_2, k_1, k_2, v_1, v_2, visible, tl.where(chosen, lse_log2, float("inf")),
