@@ -19,13 +19,14 @@ import benchmark_context
 import benchmark_decode
 import benchmark_generate
 import benchmark_parts
+import benchmark_selected
 import benchmark_training
 import common
 import sanitize
 
 SCRIPTS = (
-    benchmark_attention, benchmark_context, benchmark_decode, benchmark_generate, benchmark_parts, benchmark_training,
-    sanitize,
+    benchmark_attention, benchmark_context, benchmark_decode, benchmark_generate, benchmark_parts, benchmark_selected,
+    benchmark_training, sanitize,
 )  # fmt: skip
 MACHINE = {"dtype": "bfloat16", "gpu": "made up", "torch": "2", "triton": "3", "commit": "abc", "date": "2026-01-01"}
 
@@ -250,6 +251,24 @@ def test_compression_is_timed_beside_the_attention_it_serves(monkeypatch):
     measured = benchmark_training.measure_compression(model, ids)
     assert measured == {"phi_gates_ms": 6.0, "attention_ms": 2.0, "phi_gates_share": 3.0}
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_selected_picture(tmp_path):
+    rows = [
+        {"implementation": name, "shape": "HQ64-H4-D128", "input": kind, "tokens": 16384, "pass": direction,
+         "median_ms": ms, **MACHINE}
+        for name, ms in ((benchmark_selected.AS_IT_IS, 3.0), (benchmark_selected.ONE_QUERY, 3.1))
+        for kind in common.INPUTS
+        for direction in ("forward", "backward")
+    ]  # fmt: skip
+    assert_png(benchmark_selected.plot(rows, tmp_path / "selected.csv"))
+
+
+def test_one_query_is_for_a_while():
+    before = benchmark_selected.selected._LONG
+    with benchmark_selected.one_query():
+        assert benchmark_selected.selected._LONG == 0
+    assert benchmark_selected.selected._LONG == before > 0
 
 
 def test_training_picture(tmp_path):

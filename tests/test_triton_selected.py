@@ -139,6 +139,14 @@ def test_queries_taken_alone(groups, where, monkeypatch):
         assert {True, False} == set((unions.counts > unions.limit).flatten().tolist())
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_every_query_alone(groups, monkeypatch):
+    """What benchmark_selected.py holds the tiles to."""
+    monkeypatch.setattr(selected, "_ALONE", 1)
+    monkeypatch.setattr(selected, "_LONG", 0.0)
+    check(70, 1, groups, 16, 24, 3, 16)
+
+
 def test_queries_are_not_taken_alone_where_unions_are_short():
     q, *_ = make_qkv(64, 64, 1, 16, 16, 16)
     indices = choose((1, 64, 1, 3), 4)

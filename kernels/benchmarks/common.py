@@ -40,10 +40,20 @@ __all__ = [
 ]
 
 # query heads, key/value heads, head dim
-# Query heads, key heads, head dim: the paper's, and of Llama 3 8B, 3.2 3B and 70B, Qwen 2.5 14B and 7B, SmolLM2 135M.
+# Query heads, key heads, head dim: the paper's, of Llama 3 8B, 3.2 3B and 70B, Qwen 2.5 14B and 7B, SmolLM2 135M, and
+# a group of one.
 SHAPES = {
     f"HQ{HQ}-H{H}-D{D}": (HQ, H, D)
-    for HQ, H, D in [(64, 4, 128), (32, 8, 128), (24, 8, 128), (64, 8, 128), (40, 8, 128), (28, 4, 128), (9, 3, 64)]
+    for HQ, H, D in [
+        (64, 4, 128),
+        (32, 8, 128),
+        (24, 8, 128),
+        (64, 8, 128),
+        (40, 8, 128),
+        (28, 4, 128),
+        (9, 3, 64),
+        (16, 16, 128),
+    ]
 }
 SIZES = {
     "compress_block_size": 32,

@@ -217,8 +217,8 @@ def _alone_config(heads, dtype, D, DV, select_block_size):
         keys, warps, stages = 16, 4, 1
     else:
         keys, warps, stages = 64, 2, 2
-    keys = _key_tile(select_block_size, keys)
-    return {"BLOCK_M": next_power_of_2(heads), "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
+    keys, rows = _key_tile(select_block_size, keys), max(16, next_power_of_2(heads))
+    return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
 def _holds_part(config, *, select_block_size, **_shape):
