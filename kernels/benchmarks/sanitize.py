@@ -29,6 +29,7 @@ SIZES = {
     "window_size": 100,
 }
 FINE = {**SIZES, "compress_block_size": 12, "compress_stride": 4, "select_block_size": 24, "num_selected_blocks": 7}
+SCATTERED = {**FINE, "num_initial_blocks": 0, "num_local_blocks": 1}  # neighbours share few blocks
 BFLOAT16 = {"heads": 2, "groups": 4, "dim": 64, "v_dim": 64, "dtype": torch.bfloat16, "sizes": SIZES}
 CASES = {
     "bfloat16": {**BFLOAT16, "T": 401},
@@ -40,6 +41,7 @@ CASES = {
     "packed": {**BFLOAT16, "T": 302, "lengths": (1, 130, 171)},
     "padded": {**BFLOAT16, "T": 301, "leftpad": (0, 77, 301)},
     "queries behind a cache": {**BFLOAT16, "T": 101, "past": 300, "leftpad": (0, 77)},
+    "queries taken alone": {**BFLOAT16, "T": 1801, "heads": 1, "groups": 16, "sizes": SCATTERED},
     "lists that are split": {**BFLOAT16, "T": 4401, "heads": 1, "groups": 1, "dim": 32, "v_dim": 32},
     "decoding": {**BFLOAT16, "T": 1, "past": 703, "leftpad": (0, 77), "learns": False},
     "decoding five": {**BFLOAT16, "T": 5, "past": 699, "learns": False},
