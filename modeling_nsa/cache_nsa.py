@@ -18,7 +18,7 @@ Registration: a layer class with `_layer_type` enters transformers' layer mappin
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from transformers.cache_utils import (
@@ -28,13 +28,46 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
     StaticLayer,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from nsa_kernels import MAX_DECODE_QUERIES, num_compressed_blocks
 
 from .configuration_nsa import NSA_LAYER_TYPE
 from .layout_nsa import NSALayout
 
-__all__ = ["NSACacheInput", "NSADynamicLayer", "NSAStaticLayer", "prepare_cache"]
+__all__ = [
+    "CACHE_NAME",
+    "CACHE_NAMES",
+    "NSACacheInput",
+    "NSADynamicLayer",
+    "NSAStaticLayer",
+    "prepare_cache",
+    "takes_cache_by_either_name",
+]
+
+# What transformers calls a cache, as an argument and in outputs: the latter from 5.24 on.
+CACHE_NAMES = ("past_key_values", "cache")
+CACHE_NAME = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in CACHE_NAMES)
+
+
+def takes_cache_by_either_name(function: Callable) -> Callable:
+    """Let a function with an argument `past_key_values` take it as `cache` too.
+
+    Raises:
+        ValueError: Both are given.
+    """
+
+    @functools.wraps(function)
+    def renamed(*args, **kwargs):
+        if "cache" in kwargs:
+            cache = kwargs.pop("cache")
+            if kwargs.get("past_key_values") is not None and cache is not None:
+                raise ValueError("`past_key_values` and `cache` are one argument under two names: give one of them.")
+            if cache is not None:
+                kwargs["past_key_values"] = cache
+        return function(*args, **kwargs)
+
+    return renamed
 
 
 @dataclass

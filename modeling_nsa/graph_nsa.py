@@ -17,7 +17,7 @@ from transformers.cache_utils import StaticCache, StaticLayer
 from transformers.generation import CompileConfig
 from transformers.utils import logging
 
-from .cache_nsa import NSAStaticLayer
+from .cache_nsa import CACHE_NAME, CACHE_NAMES, NSAStaticLayer
 
 __all__ = ["DecodeGraph", "captures"]
 
@@ -83,7 +83,7 @@ class DecodeGraph:
         self._steps += 1
         if self._steps <= _STEPS_BEFORE_CAPTURE:
             output = _run_aside(self._run, self._model.device)
-            self._possible = set(output) <= {"logits", "past_key_values"}
+            self._possible = set(output) <= {"logits", CACHE_NAME}
             return output
         if self._graph is None:
             try:
@@ -100,8 +100,12 @@ class DecodeGraph:
         return _compiled()(self._model, self._inputs)
 
 
+def _cache(inputs):
+    return next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
+
+
 def _is_step(inputs):
-    cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
+    cache, ids = _cache(inputs), inputs.get("input_ids")
     if type(cache) is not StaticCache or cache.offloading or not isinstance(ids, torch.Tensor) or ids.shape[1] != 1:
         return False
     if not all(type(layer) in _LAYERS and layer.is_initialized for layer in cache.layers):
@@ -148,7 +152,7 @@ def _signature(inputs):
         (name, value.shape, value.dtype) if isinstance(value, torch.Tensor) else (name, value)
         for name, value in _leaves(inputs)
     ]
-    layers = inputs["past_key_values"].layers
+    layers = _cache(inputs).layers
     held = [x.data_ptr() for layer in layers for x in vars(layer).values() if isinstance(x, torch.Tensor)]
     return leaves, held
 

@@ -18,6 +18,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.utils import can_return_tuple
 
+from .cache_nsa import CACHE_NAME, takes_cache_by_either_name
+
 __all__ = ["apply_liger_kernel_to_nsa", "register_with_liger"]
 
 _TABLE = "liger_kernel.transformers.monkey_patch"
@@ -96,6 +98,7 @@ def apply_liger_kernel_to_nsa(
         model.forward = MethodType(_fused_forward, model)
 
 
+@takes_cache_by_either_name
 @can_return_tuple
 def _fused_forward(
     self,
@@ -139,9 +142,9 @@ def _fused_forward(
     )
     return NSACausalLMOutputWithPast(
         loss=loss,
-        past_key_values=outputs.past_key_values,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
         block_indices=outputs.block_indices,
         gates=outputs.gates,
+        **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
     )

@@ -39,7 +39,7 @@ from .attention_nsa import (
     make_norm,
     split_ropes,
 )
-from .cache_nsa import prepare_cache
+from .cache_nsa import CACHE_NAME, CACHE_NAMES, prepare_cache, takes_cache_by_either_name
 from .configuration_nsa import NSA_LAYER_TYPE, NSAConfig
 from .graph_nsa import DecodeGraph, captures
 from .layout_nsa import NSALayout, build_layout, packed_sequences
@@ -135,6 +135,7 @@ class NSADecoderLayer(GradientCheckpointingLayer):
             self.pre_feedforward_layernorm = make_norm(config, config.hidden_size)
             self.post_feedforward_layernorm = make_norm(config, config.hidden_size)
 
+    @takes_cache_by_either_name
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -180,7 +181,7 @@ class NSAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["NSADecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -256,6 +257,7 @@ class NSAModel(NSAPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache_by_either_name
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring(custom_intro=_FORWARD_INTRO)
@@ -269,6 +271,10 @@ class NSAModel(NSAPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> NSAModelOutputWithPast:
+        r"""
+        past_key_values (`Cache`, *optional*):
+            What earlier tokens left to be read, of `generate` or an earlier call; also taken as `cache`.
+        """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -322,15 +328,15 @@ class NSAModel(NSAPreTrainedModel):
                 hidden_states,
                 attention_mask=masks.get(layer_type),
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=ropes[decoder_layer.self_attn.rope_index],
                 layout=layout,
+                **{CACHE_NAME: past_key_values},  # under its name, gradient checkpointing takes it away
                 **kwargs,
             )
         return NSAModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE_NAME: past_key_values if use_cache else None},
         )
 
 
@@ -374,8 +380,8 @@ def _dense_masks(config, inputs_embeds, attention_mask, position_ids, past_key_v
             config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE_NAME: past_key_values},
         )
         for layer_type in set(config.layer_types) - {NSA_LAYER_TYPE}
     }
@@ -395,6 +401,7 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache_by_either_name
     @can_return_tuple
     @auto_docstring(custom_intro=_FORWARD_INTRO)
     def forward(
@@ -410,6 +417,9 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         **kwargs: Unpack[TransformersKwargs],
     ) -> NSACausalLMOutputWithPast:
         r"""
+        past_key_values (`Cache`, *optional*):
+            What earlier tokens left to be read, of `generate` or an earlier call; also taken as `cache`.
+
         Example:
 
         ```python
@@ -440,11 +450,11 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         return NSACausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             block_indices=outputs.block_indices,
             gates=outputs.gates,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
@@ -475,6 +485,7 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         return super().init_continuous_batching(*args, **kwargs)
 
     @staticmethod
+    @takes_cache_by_either_name
     def create_masks_for_generate(
         config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
     ) -> dict[str, torch.Tensor | None]:

@@ -4,9 +4,11 @@
 
 import copy
 import inspect
+import warnings
 
 import pytest
 import torch
+from packaging.version import Version
 from tiny_nsa import BASE, close, every_variant, logits, main_variants, make_ids, make_model
 from transformers import (
     AutoModelForCausalLM,
@@ -15,9 +17,11 @@ from transformers import (
     DynamicCache,
     StaticCache,
 )
+from transformers.utils import logging as transformers_logging
 
 import modeling_nsa
 from modeling_nsa import NSAConfig, NSAForCausalLM, attention_nsa
+from modeling_nsa.cache_nsa import CACHE_NAME
 
 
 @every_variant
@@ -340,6 +344,10 @@ def test_padding_between_real_tokens_needs_positions_that_count_them():
 @main_variants
 def test_prompt_tuning_puts_virtual_tokens_before_the_padding(variant):
     peft = pytest.importorskip("peft")
+    if CACHE_NAME == "cache" and Version(peft.__version__) <= Version("0.21.2"):
+        pytest.skip(
+            "this peft looks for the cache under its old name, and prompts a dense model anew at every step too"
+        )
     settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
     model = peft.get_peft_model(make_model(variant), settings).eval()
     ids, mask = make_ids(2, 20), torch.ones(2, 20, dtype=torch.long)
@@ -349,6 +357,36 @@ def test_prompt_tuning_puts_virtual_tokens_before_the_padding(variant):
     for row, start in ((0, 6), (1, 0)):
         alone = greedy(model, input_ids=ids[row : row + 1, start:])
         assert torch.equal(answers[row, start:], alone[0])
+
+
+def test_a_cache_is_taken_by_either_name():
+    model, ids = make_model(), make_ids(2, 20)
+    expected = logits(model, ids)
+    names, caches = ("past_key_values", "cache"), []
+    for name in names:
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids[:, :12], **{name: cache})
+            output = model(ids[:, 12:], **{name: cache})
+        close(output.logits, expected[:, 12:])
+        assert output[CACHE_NAME] is cache
+        caches.append(cache)
+    with pytest.raises(ValueError, match="one argument under two names"):
+        model(ids, **dict(zip(names, caches)))
+
+
+def test_no_older_name_of_a_cache_is_used(caplog):
+    """transformers says when its own names changed."""
+    model, ids = make_model("hybrid"), make_ids(2, 20)
+    transformers_logging.enable_propagation()
+    with warnings.catch_warnings(), caplog.at_level("WARNING", logger="transformers"):
+        warnings.filterwarnings("error", message=".*past_key_values.*")
+        for implementation in ("dynamic", "static"):
+            model.generate(ids, max_new_tokens=3, cache_implementation=implementation)
+        model.train().gradient_checkpointing_enable()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    transformers_logging.disable_propagation()
+    assert "past_key_values" not in caplog.text
 
 
 def test_packed_sequences_refuse_a_mask_and_a_cache():

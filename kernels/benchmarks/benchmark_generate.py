@@ -36,6 +36,7 @@ from torch.nn.attention import sdpa_kernel
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, StoppingCriteria
 
 from modeling_nsa import NSAConfig, NSAForCausalLM
+from modeling_nsa.cache_nsa import CACHE_NAME
 
 MODELS = {
     "8B": {
@@ -101,7 +102,7 @@ def fill(model, ids, cache, chunk=None, backend=None):
     start = time.perf_counter()
     with torch.no_grad(), nullcontext() if backend is None else sdpa_kernel(backend):
         for part in ids.split(chunk or ids.shape[1], dim=1):
-            model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(part, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
     synchronize()
     return time.perf_counter() - start
 
@@ -150,8 +151,8 @@ def decode(model, ids, cache, steps, compiled):
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     tokens = model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=steps, do_sample=False,
-        eos_token_id=None, pad_token_id=0, disable_compile=not compiled, stopping_criteria=[clock],
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, do_sample=False, eos_token_id=None,
+        pad_token_id=0, disable_compile=not compiled, stopping_criteria=[clock], **{CACHE_NAME: cache},
     )  # fmt: skip
     times = [1000 * (b - a) for a, b in zip(clock.times, clock.times[1:])]
     late = sorted(times[len(times) // 2 :])
