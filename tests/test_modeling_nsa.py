@@ -4,6 +4,7 @@
 
 import copy
 import inspect
+import logging
 import warnings
 
 import pytest
@@ -378,6 +379,7 @@ def test_a_cache_is_taken_by_either_name():
 def test_no_older_name_of_a_cache_is_used(caplog):
     """transformers says when its own names changed."""
     model, ids = make_model("hybrid"), make_ids(2, 20)
+    logging.Logger.warning_once.cache_clear()
     transformers_logging.enable_propagation()
     with warnings.catch_warnings(), caplog.at_level("WARNING", logger="transformers"):
         warnings.filterwarnings("error", message=".*past_key_values.*")
