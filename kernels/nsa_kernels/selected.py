@@ -194,7 +194,7 @@ def selected_forward(q, k, v, block_indices, select_block_size, scale, layout):
     unions = _union_lists(block_indices, k.shape[1], layout, select_block_size, tile, heads)
     groups = cdiv(q.shape[2] // H, heads)
     wide = _forward_config(*_shape_key(q, k, v, select_block_size))
-    alone = {**_alone_config(heads, q.dtype, q.shape[-1], v.shape[-1], select_block_size), "LATE": False}
+    alone = {**_alone_config(heads, q.dtype, q.shape[-1], v.shape[-1], select_block_size, keys=64), "LATE": False}
     for rows, lists, sizes, config in _walks(unions, layout, tile, wide, alone) if q.numel() else ():
         _forward_kernel[(layout.tiles(rows), H * groups, layout.B)](
             q, b_o, b_lse, *lists, *q.stride()[:3], *b_o.stride()[:3],
@@ -211,12 +211,12 @@ def _shape_key(q, k, v, select_block_size):
     return q.get_device(), q.dtype, q.shape[-1], v.shape[-1], q.shape[2] // k.shape[2], select_block_size
 
 
-def _alone_config(heads, dtype, D, DV, select_block_size):
-    """Configuration of a program that holds the heads of one query."""
+def _alone_config(heads, dtype, D, DV, select_block_size, keys):
+    """Configuration of a program that holds the heads of one query; `keys` at most in a tile."""
     if dtype == torch.float32 or max(D, DV) > 128:
         keys, warps, stages = 16, 4, 1
     else:
-        keys, warps, stages = 64, 2, 2
+        warps, stages = 2, 2
     keys, rows = _key_tile(select_block_size, keys), max(16, next_power_of_2(heads))
     return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
@@ -356,7 +356,7 @@ def _launch_dq(q, k, v, block_indices, do, stats, dq, add, layout, select_block_
     unions = _union_lists(block_indices, k.shape[1], layout, select_block_size, tile, heads)
     groups = cdiv(q.shape[2] // H, heads)
     wide = _dq_config(*_shape_key(q, k, v, select_block_size))
-    alone = _alone_config(heads, q.dtype, q.shape[-1], v.shape[-1], select_block_size)
+    alone = _alone_config(heads, q.dtype, q.shape[-1], v.shape[-1], select_block_size, keys=32)
     for rows, lists, sizes, config in _walks(unions, layout, tile, wide, alone):
         _dq_kernel[(layout.tiles(rows), H * groups, layout.B)](
             q, do, stats, dq, *lists, *q.stride()[:3], *do.stride()[:3], *stats.stride()[:2], *dq.stride()[:3],
@@ -645,24 +645,29 @@ def _next_block(
 
 
 @triton.jit
-def _count(
-    i_list, i_head, start, rows, seq, counts_ptr, cu_ptr, limit, long_ptr, long_tiles, LONG: tl.constexpr,
-    PACKED: tl.constexpr,
+def _is_idle(
+    start, rows, i_head, seq, cu_ptr, limit, long_ptr, long_tiles, LONG: tl.constexpr, PACKED: tl.constexpr
 ):  # fmt: skip
-    """Blocks of a program's list, or -1 if there is nothing to do: no query, or one that the other launch takes.
+    """Whether a program has no query, or one of a tile that the other launch takes.
 
     Args:
-        i_list, i_head: Number of the list, and of row and key head.
+        i_head: Number of row and key head.
         long_ptr: int32 `[B, H, long_tiles]`, blocks of each tile of LONG queries.
         LONG: Queries of a tile whose union is too long, of which this program takes one; or 0, takes whole tiles.
     """
-    here = start < rows
+    idle = start >= rows
     if LONG > 0:
         i_tile = i_head * long_tiles + _block_row(start // LONG, cu_ptr, seq, LONG, PACKED)
-        here = here & (tl.load(long_ptr + i_tile, mask=here, other=0) > limit)
-    count = tl.load(counts_ptr + i_list, mask=here, other=-1)
+        idle = idle | (tl.load(long_ptr + i_tile, mask=start < rows, other=0) <= limit)
+    return idle
+
+
+@triton.jit
+def _length(counts_ptr, limit, LONG: tl.constexpr):
+    """Blocks of a program's list; none where the union is too long: the launch that follows writes over the result."""
+    count = tl.load(counts_ptr)
     if LONG == 0:
-        count = tl.where(count > limit, -1, count)
+        count = tl.where(count > limit, 0, count)  # a return in this place would make Triton 3.6 wait for every wgmma
     return count
 
 
@@ -694,11 +699,7 @@ def _forward_kernel(
     seq, start, rows, row0, pos0, pad = locate(
         i_tile, i_b, map_ptr, cu_ptr, leftpad_ptr, T, q_offset, TILE, PACKED, LEFTPAD
     )
-    i_list = (i_b * H + i_h) * tl.num_programs(0) + i_tile
-    count = _count(
-        i_list, i_b * H + i_h, start, rows, seq, counts_ptr, cu_ptr, limit, long_ptr, long_tiles, LONG, PACKED
-    )
-    if count < 0:
+    if _is_idle(start, rows, i_b * H + i_h, seq, cu_ptr, limit, long_ptr, long_tiles, LONG, PACKED):
         return
     keys = rows if PACKED else TK - pad
     i_q, i_head, used = _query_rows(start, rows, i_h, i_g, TILE, GT, G, BLOCK_M)
@@ -706,8 +707,10 @@ def _forward_kernel(
     pos = pos0 + start + i_q
     q_1, q_2 = load_pair(q_ptr + i_b * stride_qb + t * stride_qt + i_head * stride_qh, used, D, D1, D2, True)
     key0 = row0 + pad
+    i_list = (i_b * H + i_h) * tl.num_programs(0) + i_tile
     blocks_ptr += i_list * capacity
     words_ptr += i_list * (capacity + 1)
+    count = _length(counts_ptr + i_list, limit, LONG)
 
     SUBS: tl.constexpr = (L + BLOCK_N - 1) // BLOCK_N
     TRAILING: tl.constexpr = 1 + (TILE + L - 2) // L  # blocks that may hold keys behind the tile's first query
@@ -789,11 +792,7 @@ def _dq_kernel(
     seq, start, rows, row0, pos0, pad = locate(
         i_tile, i_b, map_ptr, cu_ptr, leftpad_ptr, T, q_offset, TILE, PACKED, LEFTPAD
     )
-    i_list = (i_b * H + i_h) * tl.num_programs(0) + i_tile
-    count = _count(
-        i_list, i_b * H + i_h, start, rows, seq, counts_ptr, cu_ptr, limit, long_ptr, long_tiles, LONG, PACKED
-    )
-    if count < 0:
+    if _is_idle(start, rows, i_b * H + i_h, seq, cu_ptr, limit, long_ptr, long_tiles, LONG, PACKED):
         return
     keys = rows if PACKED else TK - pad
     i_q, i_head, used = _query_rows(start, rows, i_h, i_g, TILE, GT, G, BLOCK_M)
@@ -807,8 +806,10 @@ def _dq_kernel(
     delta = tl.load(stats_ptr + 1, mask=used, other=0.0)
     gate = tl.load(stats_ptr + 2, mask=used, other=0.0)
     key0 = row0 + pad
+    i_list = (i_b * H + i_h) * tl.num_programs(0) + i_tile
     blocks_ptr += i_list * capacity
     words_ptr += i_list * (capacity + 1)
+    count = _length(counts_ptr + i_list, limit, LONG)
 
     SUBS: tl.constexpr = (L + BLOCK_N - 1) // BLOCK_N
     TRAILING: tl.constexpr = 1 + (TILE + L - 2) // L
