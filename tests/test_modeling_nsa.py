@@ -343,12 +343,13 @@ def test_padding_between_real_tokens_needs_positions_that_count_them():
 
 
 @main_variants
-def test_prompt_tuning_puts_virtual_tokens_before_the_padding(variant):
+def test_prompt_tuning_puts_virtual_tokens_before_the_padding(variant, request):
     peft = pytest.importorskip("peft")
     if CACHE_NAME == "cache" and Version(peft.__version__) <= Version("0.21.2"):
-        pytest.skip(
-            "this peft looks for the cache under its old name, and prompts a dense model anew at every step too"
-        )
+        # It looks for the cache under the old name and prompts anew at every step: a dense model continues wrongly
+        # without a word, a sparse one has to refuse the mask.
+        reason = "peft does not know the cache's new name"
+        request.applymarker(pytest.mark.xfail(raises=ValueError, reason=reason))
     settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
     model = peft.get_peft_model(make_model(variant), settings).eval()
     ids, mask = make_ids(2, 20), torch.ones(2, 20, dtype=torch.long)
