@@ -138,6 +138,26 @@ def test_losses_on_a_gpu_equal_those_on_the_cpu(models, packed, layer):
         torch.testing.assert_close(gpu.cpu(), cpu, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.gpu
+def test_the_host_never_waits_for_a_gpu(models):
+    """Else the device would be idle in every layer, while the host prepares the next one."""
+    nsa = copy.deepcopy(models[1]).cuda()
+    ids = torch.randint(32, (2, 96), device="cuda")
+
+    def losses():
+        with layer_inputs(nsa) as layers:
+            nsa(input_ids=ids, use_cache=False)
+        return sum(sum(selector_losses(layer, choose_queries(layer, 32, 8, documents=1))) for layer in layers)
+
+    losses().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_gradients_reach_nothing_but_phi_and_what_it_alone_reads(models, packed):
     _, nsa = models
     nsa.zero_grad()

@@ -190,12 +190,16 @@ def test_a_dense_model_is_trained_by_the_same_loss(places, tmp_path, monkeypatch
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     settings = RUN | {"stage": "adapt", "teacher": str(places / "dense"), "max_steps": 3, "selector_queries": None}
     settings |= {"full_rows": True, "learning_rate": 1e-2, "selector_weight": 0.0, "train_file": places / "text.txt"}
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
     for name, extra in (("plain", {}), ("compiled", {"compile_layers": True})):
         finetune(places / "dense", tmp_path / name, **settings, **extra)
         first, *_, last = json.loads((tmp_path / name / "log_history.json").read_text())[:3]
         assert first["distill_loss"] == pytest.approx(0, abs=1e-6)
         assert last["distill_loss"] > 1e-3
         assert "selector_loss" not in last
+    assert counters["stats"]["unique_graphs"] == 3  # a layer with and without gradients, logits
     states = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("plain", "compiled")]
     for key, value in states[0].items():
         torch.testing.assert_close(states[1][key], value, rtol=1e-3, atol=1e-4)

@@ -185,7 +185,8 @@ def choose_queries(layer: LayerInput, first: int, count: int, documents: int | N
         first_block = int(ends[document])
         blocks = slice(first_block, first_block + num_compressed_blocks(stop - start, *sizes))
         if len(positions):
-            positions = (positions + first).to(layer.hidden_states.device)
+            # the host does not wait: 30 layers would leave the device idle as often
+            positions = (positions + first).to(layer.hidden_states.device, non_blocking=True)
             chosen.append(Queries(row, slice(start, stop), blocks, positions))
     return chosen
 

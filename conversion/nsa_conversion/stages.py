@@ -109,8 +109,8 @@ class StageArguments:
     compile_layers: bool = field(
         default=False,
         metadata={
-            "help": "adapt: compile every decoder layer and what the losses compute. The first steps take minutes, the "
-            "others less; give --full-rows too, so that shapes never change."
+            "help": "adapt: compile every decoder layer, the teacher's too, and what the losses compute. The first "
+            "steps take minutes, the others less; give --full-rows too, so that shapes never change."
         },
     )
 
@@ -265,8 +265,11 @@ class StageTrainerMixin:
     @contextlib.contextmanager
     def _compiled(self) -> Iterator[None]:
         """One compilation for all layers, unlike --torch-compile; the hooks of `layer_inputs` stay outside."""
-        compiled = self.model.modules() if self.stage.compile_layers else ()
-        layers = [module for module in compiled if isinstance(module, GradientCheckpointingLayer)]
+        compiled = [self.model] if self.stage.compile_layers else []
+        if compiled and self.teacher is not None and not self.stage.hidden_weight:
+            compiled.append(self.teacher)  # not where its hidden states are captured, inside of its layers
+        modules = itertools.chain.from_iterable(network.modules() for network in compiled)
+        layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
         own = [layer.__dict__.get("forward") for layer in layers]  # None: that of the class
         for layer in layers:
             layer.forward = self._wrap(layer.forward)
