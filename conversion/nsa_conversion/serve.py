@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import os
@@ -196,8 +197,7 @@ def main(argv: list[str]) -> int:
         The exit code: 0 also after Ctrl-C, which is how a server is stopped.
     """
     args = vars(_parser().parse_args(argv))
-    try:
-        serve(args.pop("model"), **args)
-    except KeyboardInterrupt:
-        print("stopped.", file=sys.stderr)
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(args.pop("model"), **args)  # which may also return when it is stopped
+    print("stopped.", file=sys.stderr)
     return 0
