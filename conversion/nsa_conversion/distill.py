@@ -185,7 +185,7 @@ def choose_queries(layer: LayerInput, first: int, count: int, documents: int | N
         first_block = int(ends[document])
         blocks = slice(first_block, first_block + num_compressed_blocks(stop - start, *sizes))
         if len(positions):
-            # the host does not wait: 30 layers would leave the device idle as often
+            # not waiting for the device, which would then be idle in every layer until more work comes
             positions = (positions + first).to(layer.hidden_states.device, non_blocking=True)
             chosen.append(Queries(row, slice(start, stop), blocks, positions))
     return chosen
