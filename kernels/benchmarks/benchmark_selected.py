@@ -71,7 +71,7 @@ def measure_both(q, k, v, chosen, milliseconds):
 
 
 def plot(rows, path):
-    """Times longer than one query to a program: one bar per shape, length and input."""
+    """Part of the time of one query to a program: one bar per shape, length and input."""
     figure, axes = new_figure(f"Selected attention over one query to a program, {rows[0]['gpu']}", 2)
     for ax, direction in zip(axes, ("forward", "backward")):
         times = {(r["shape"], r["tokens"], r["input"], r["implementation"]): r["median_ms"]

@@ -39,7 +39,6 @@ __all__ = [
     "unions",
 ]
 
-# query heads, key/value heads, head dim
 # Query heads, key heads, head dim: the paper's, of Llama 3 8B, 3.2 3B and 70B, Qwen 2.5 14B and 7B, SmolLM2 135M, and
 # a group of one.
 SHAPES = {
