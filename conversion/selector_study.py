@@ -127,7 +127,7 @@ class _Layer:
     """Queries, keys and values of a layer for one text, `[T, heads, D]`, and its compressed keys `[1, C, H, D]`."""
 
     def __init__(self, layer: LayerInput):
-        attention, x, embeddings, layout, _ = layer
+        attention, x, embeddings, layout = layer[:4]
         rotate = attention._rotation(embeddings)
         k, v = attention._heads(x, attention.k_proj, attention.k_norm), attention._heads(x, attention.v_proj)
         tails = attention._tails(k, rotate(k), v)

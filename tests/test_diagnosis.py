@@ -65,7 +65,7 @@ def test_the_oracle_takes_the_blocks_of_most_mass():
     torch.manual_seed(0)
     attention = make_model(num_selected_blocks=5).model.layers[0].self_attn
     q, k = torch.randn(TOKENS, 6, 8), torch.randn(TOKENS, 2, 8)
-    chosen = diagnosis._oracle(attention, q, k)
+    chosen = diagnosis.dense_choice(attention, q, k)
     mass = attention_mass(q, k, 8).unflatten(1, (2, 3)).sum(2)  # [T, H, S]
     assert chosen[23].tolist() == [[0, 1, 2, -1, -1]] * 2
     for t in (40, 60, TOKENS - 1):
@@ -88,7 +88,7 @@ def test_diagnosis_is_what_the_whole_matrices_give(chunk, monkeypatch):
     hook = attention.register_forward_hook(
         lambda module, args, kwargs, outputs: captured.append(
             (
-                *diagnosis._query_key_value(module, kwargs["hidden_states"], kwargs["position_embeddings"])[:2],
+                *diagnosis.query_key_value(module, kwargs["hidden_states"], kwargs["position_embeddings"])[:2],
                 *outputs[2:],
             )
         ),
@@ -101,7 +101,7 @@ def test_diagnosis_is_what_the_whole_matrices_give(chunk, monkeypatch):
     recalls, masses, bests, unions = [], [], [], {2: [], 8: []}
     for q, k, blocks, _ in captured:
         mass = attention_mass(q[0], k[0], 8)
-        dense = diagnosis._oracle(attention, q[0], k[0])
+        dense = diagnosis.dense_choice(attention, q[0], k[0])
         for t in range(first, TOKENS):
             for head in range(2):
                 own, best = set(blocks[0, t, head].tolist()), set(dense[t, head].tolist())

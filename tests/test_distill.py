@@ -175,6 +175,25 @@ def test_gradients_reach_nothing_but_phi_and_what_it_alone_reads(models, packed)
     nsa.zero_grad()
 
 
+def test_attached_inputs_give_the_same_losses_and_train_queries_and_the_layers_below(models, packed, layer):
+    _, nsa = models
+    nsa.zero_grad()
+    with layer_inputs(nsa, attached=True) as inputs:
+        nsa(**packed)
+    attached = [layer._replace(attention=inputs[0].attention), inputs[0]]
+    queries = choose_queries(inputs[0], 32, 20)
+    detached, own = (selector_losses(each, queries, values=False)[0] for each in attached)
+    torch.testing.assert_close(own, detached)
+    selector_losses(inputs[-1], queries, values=False)[0].backward()
+    moved = {name for name, parameter in nsa.named_parameters() if parameter.grad is not None}
+    last = f"layers.{inputs[-1].attention.layer_idx}."
+    assert {f"model.{last}self_attn.q_proj.weight", "model.embed_tokens.weight"} <= moved
+    untouched = ("self_attn.v_proj.", "self_attn.o_proj.", "mlp.")
+    assert not any(last + part in name for name in moved for part in untouched)
+    assert all(parameter.grad.isfinite().all() for parameter in nsa.parameters() if parameter.grad is not None)
+    nsa.zero_grad()
+
+
 def test_a_row_of_short_documents_gives_a_loss_of_zero(layer):
     losses = selector_losses(layer, choose_queries(layer, 1000, 20))
     assert [loss.item() for loss in losses] == [0.0, 0.0]

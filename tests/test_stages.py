@@ -116,11 +116,11 @@ def test_without_the_next_token_only_the_teacher_is_followed(run, places):
         assert entry["loss"] == pytest.approx(entry["distill_loss"] + entry["selector_loss"], abs=1e-3)
 
 
-@pytest.mark.parametrize("stage", ["warmup", "adapt"])
-def test_gradient_checkpointing_and_accumulation_train_the_same(run, places, stage, monkeypatch):
+@pytest.mark.parametrize(("stage", "scope"), [("warmup", None), ("adapt", "keys"), ("adapt", "model")])
+def test_gradient_checkpointing_and_accumulation_train_the_same(run, places, stage, scope, monkeypatch):
     """Both run twice over the same rows: with recomputation; and each batch of two rows in two parts."""
     monkeypatch.setattr(stages, "_SELECTOR_DOCUMENTS", None)
-    settings = {"stage": stage, "max_steps": 2, "selector_queries": 1000}
+    settings = {"stage": stage, "max_steps": 2, "selector_queries": 1000, "selector_scope": scope}
     if stage == "adapt":
         settings |= {"teacher": str(places / "dense"), "anneal_blocks": 1.0, "learning_rate": 1e-2}
     settings |= {"optim": "sgd", "new_parameter_lr": 1e-1, "per_device_train_batch_size": 2}
@@ -144,11 +144,13 @@ def test_gradient_checkpointing_and_accumulation_train_the_same(run, places, sta
             torch.testing.assert_close(same[key], after[key], rtol=0, atol=1e-6)
 
 
-def test_compiled_layers_train_the_same(run, places, monkeypatch):
+@pytest.mark.parametrize("scope", ["keys", "model"])
+def test_compiled_layers_train_the_same(run, places, scope, monkeypatch):
     """Rows of one length: one compilation serves all layers and steps."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     settings = {"stage": "adapt", "teacher": str(places / "dense"), "hidden_weight": 1.0, "max_steps": 3}
     settings |= {"full_rows": True, "per_device_train_batch_size": 2, "optim": "sgd", "learning_rate": 1e-1}
+    settings |= {"selector_scope": scope}
     plain, before, after = run("plain", **settings)
     assert changed(before, after)
     torch._dynamo.reset()
@@ -337,6 +339,14 @@ def test_evaluation_is_of_the_sparse_model(run, places, tmp_path):
         ({"stage": "adapt", "next_token_weight": 0.0}, "--next-token-weight 0 leaves all weights to --teacher"),
         ({"stage": "adapt", "selector_weight": -1.0}, "--selector-weight must not be negative, got -1.0"),
         ({"stage": "adapt", "selector_queries": 0}, "--selector-queries must be at least 1, got 0"),
+        (
+            {"stage": "warmup", "selector_scope": "model"},
+            "--selector-scope belongs to --stage adapt, got --stage warmup",
+        ),
+        (
+            {"stage": "adapt", "selector_scope": "all"},
+            "--selector-scope must be one of keys, model, got 'all'",
+        ),
         (
             {"stage": "adapt", "selector_target": "max"},
             "--selector-target must be one of output, mass, got 'max'",

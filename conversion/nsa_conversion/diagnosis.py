@@ -24,7 +24,18 @@ from nsa_kernels import selected_attention, topn_blocks
 from .errors import NSAError
 from .loss import PositionBucket, losses_by_position, token_losses
 
-__all__ = ["NEIGHBOURS", "Diagnosis", "block_mass", "choose_blocks", "diagnose", "forced_blocks", "is_sparse"]
+__all__ = [
+    "NEIGHBOURS",
+    "Diagnosis",
+    "behind_layers",
+    "block_mass",
+    "choose_blocks",
+    "dense_choice",
+    "diagnose",
+    "forced_blocks",
+    "is_sparse",
+    "query_key_value",
+]
 
 NEIGHBOURS = (2, 4, 8, 16)
 # Probabilities held at once, in elements.
@@ -85,7 +96,7 @@ def _sparse_layers(model) -> dict[int, torch.nn.Module]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _query_key_value(attention, hidden_states, position_embeddings):
+def query_key_value(attention, hidden_states, position_embeddings):
     """What the selection branch attends with: q [1, T, HQ, D], k [1, T, H, D], v [1, T, H, DV]."""
     rotate = attention._rotation(position_embeddings)
     q = rotate(attention._heads(hidden_states, attention.q_proj, attention.q_norm))
@@ -140,8 +151,8 @@ def choose_blocks(importance: torch.Tensor, config, start: int = 0) -> torch.Ten
     return topn_blocks(importance[None], q_offset=start, **_sizes(config))[0]
 
 
-def _oracle(attention, q, k) -> torch.Tensor:
-    """The dense choice, [T, H, n]."""
+def dense_choice(attention, q, k) -> torch.Tensor:
+    """The blocks that hold most mass of dense attention, [T, H, n]; q [T, HQ, D], k [T, H, D]."""
     config, tokens = attention.config, len(q)
     group = q.shape[1] // k.shape[1]
     chosen = []
@@ -168,7 +179,7 @@ def _recent(attention, q, k) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _hooked(model, hook: Callable) -> Iterator[None]:
+def behind_layers(model, hook: Callable) -> Iterator[None]:
     """Call `hook(layer index, attention, its keyword arguments, its outputs)` behind every sparse layer."""
 
     def forward_hook(attention, args, kwargs, outputs):
@@ -197,7 +208,7 @@ def forced_blocks(model, choose: Callable) -> Iterator[None]:
 
     def hook(layer, attention, kwargs, outputs):
         output, weights, blocks, gates = outputs
-        q, k, v = _query_key_value(attention, kwargs["hidden_states"], kwargs["position_embeddings"])
+        q, k, v = query_key_value(attention, kwargs["hidden_states"], kwargs["position_embeddings"])
         settings = {
             "select_block_size": attention.config.select_block_size,
             "scale": attention.scaling,
@@ -208,7 +219,7 @@ def forced_blocks(model, choose: Callable) -> Iterator[None]:
         change = (gates[..., 1, None] * change).flatten(2).to(output.dtype)
         return output + F.linear(change, attention.o_proj.weight), weights, other, gates
 
-    with _hooked(model, hook):
+    with behind_layers(model, hook):
         yield
 
 
@@ -294,12 +305,12 @@ def diagnose(
 
     def measure(layer, attention, kwargs, outputs):
         _, _, blocks, gates = outputs
-        q, k, _ = _query_key_value(attention, kwargs["hidden_states"], kwargs["position_embeddings"])
+        q, k, _ = query_key_value(attention, kwargs["hidden_states"], kwargs["position_embeddings"])
         statistics[layer].measure(attention, q[0], k[0], blocks[0], gates[0])
 
     passes = {
-        "own": _hooked(model, measure),
-        "oracle": forced_blocks(model, _oracle),
+        "own": behind_layers(model, measure),
+        "oracle": forced_blocks(model, dense_choice),
         "recent": forced_blocks(model, _recent),
     }
     losses = {}

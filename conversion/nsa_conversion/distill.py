@@ -69,7 +69,8 @@ def sparse_decoder_layers(model) -> list[torch.nn.Module]:
 class LayerInput(NamedTuple):
     """What a sparse layer was called with, shapes `[B, T, hidden_size]`, cos and sin `[B or 1, T, D]`.
 
-    `hidden_states` went into its attention and are detached, `residual` into the layer and is not.
+    `hidden_states` went into its attention and are detached, `residual` into the layer and is not. With `norm`, the
+    layer's first one, the selector's losses take what went into the attention from `residual`, and reach below it.
     """
 
     attention: torch.nn.Module
@@ -77,18 +78,24 @@ class LayerInput(NamedTuple):
     position_embeddings: tuple[torch.Tensor, torch.Tensor]
     layout: object
     residual: torch.Tensor | None = None
+    norm: torch.nn.Module | None = None
 
 
 @contextlib.contextmanager
-def layer_inputs(model) -> Iterator[list[LayerInput]]:
-    """Collect the inputs of the sparse layers of every forward pass inside the context."""
+def layer_inputs(model, attached: bool = False) -> Iterator[list[LayerInput]]:
+    """Collect the inputs of the sparse layers of every forward pass inside the context.
+
+    Args:
+        attached: let the selector's losses train what the inputs come from, and the queries.
+    """
     inputs: list[LayerInput] = []
 
     def hook(layer, args, kwargs):
         with torch.no_grad():
             hidden_states = layer.input_layernorm(args[0])
         where = (kwargs["position_embeddings"], kwargs["layout"])
-        inputs.append(LayerInput(layer.self_attn, hidden_states, *where, residual=args[0]))
+        norm = layer.input_layernorm if attached else None
+        inputs.append(LayerInput(layer.self_attn, hidden_states, *where, residual=args[0], norm=norm))
 
     # on the layer, not on its attention: a compiled layer does not call hooks inside
     handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in sparse_decoder_layers(model)]
@@ -276,7 +283,7 @@ def selector_losses(
     Returns:
         Two fp32 scalars with gradients for `compress_k` and for `compress_v`, and what they read (`selector_modules`).
     """
-    attention, hidden_states, position_embeddings, layout, _ = layer
+    attention, hidden_states, position_embeddings, layout, residual, norm = layer
     if not queries:
         return tuple(
             sum(parameter.sum() for module in modules for parameter in module.parameters()) * 0.0
@@ -284,7 +291,7 @@ def selector_losses(
         )
     sums = torch.zeros(4, device=hidden_states.device)
     for row, slots, blocks, positions in queries:
-        x = hidden_states[row : row + 1, slots]
+        x = hidden_states[row : row + 1, slots] if norm is None else norm(residual[row : row + 1, slots])
         rotation = [_of_row(each, row)[:, slots] for each in position_embeddings]
         centres = [each.reshape(-1, *each.shape[-2:]) for each in layout.block_embeddings]
         centres = [_of_row(each, row)[:, blocks] for each in centres]
@@ -330,7 +337,11 @@ def _dense_choice(attention, hidden_states, position_embeddings, positions, targ
 def _taught(attention, hidden_states, position_embeddings, block_embeddings, positions, q, worth, outside):
     """Sums over the queries of a document: the divergence, their number times groups, the squared error and norm."""
     config = attention.config
-    with torch.set_grad_enabled(not config.shared_kv):
+    attached = hidden_states.requires_grad
+    if attached:
+        q = attention._heads(hidden_states[:, positions], attention.q_proj, attention.q_norm)
+        q = attention._rotation([x[:, positions] for x in position_embeddings])(q)[0]
+    with torch.set_grad_enabled(attached or not config.shared_kv):
         if config.shared_kv:
             k_cmp = attention._heads(hidden_states, attention.k_proj, attention.k_norm)
             v_cmp = attention._heads(hidden_states, attention.v_proj)

@@ -19,7 +19,7 @@ import torch
 from nsa_kernels import compressed_attention, importance
 
 from .data import builtin_text, read_text
-from .diagnosis import _as_mask, _chunks, _hooked, _query_key_value, block_mass, is_sparse
+from .diagnosis import _as_mask, _chunks, behind_layers, block_mass, is_sparse, query_key_value
 from .errors import NSAError
 from .evaluate import default_device
 from .parsing import Parser
@@ -184,7 +184,7 @@ def inspect_text(model, tokenizer, text: str, *, length: int | None = None) -> I
 
     def record(layer, attention, kwargs, outputs):
         _, _, chosen, gates = outputs
-        q, k, _ = _query_key_value(attention, kwargs["hidden_states"], kwargs["position_embeddings"])
+        q, k, _ = query_key_value(attention, kwargs["hidden_states"], kwargs["position_embeddings"])
         chosen = _as_mask(chosen[0], blocks)
         found["selected"][layer] = chosen.float().mean(1).cpu()
         found["gates"][layer] = gates[0].float().mean(0).cpu()
@@ -198,7 +198,7 @@ def inspect_text(model, tokenizer, text: str, *, length: int | None = None) -> I
             kept[start:stop] = (part * of_query_heads[start:stop, :, : part.shape[2]]).sum(-1).mean(1).cpu()
         found["mass"][layer], found["kept"][layer] = mass, kept
 
-    with _hooked(model, record):
+    with behind_layers(model, record):
         model.get_decoder()(ids, use_cache=False)
     pieces = [tokenizer.decode(piece) for piece in ids[0].split(config.select_block_size)]
     return Inspection(config, pieces, list(found["selected"]), *(list(rows.values()) for rows in found.values()))

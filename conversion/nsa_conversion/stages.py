@@ -35,6 +35,7 @@ from .errors import NSAError
 __all__ = ["STAGES", "StageArguments", "StageTrainerMixin", "annealed_blocks", "prepare_stage"]
 
 STAGES = ("warmup", "adapt", "sft")
+SELECTOR_SCOPES = ("keys", "model")
 # Trained at a rate of their own: nothing in a dense model does their work. The gate scales do not: their step of 64 is
 # rate enough.
 NEW_PARAMETERS = tuple(
@@ -79,6 +80,14 @@ class StageArguments:
     )
     selector_weight: float | None = field(
         default=None, metadata={"help": "adapt: factor of the selector's KL; 0 leaves it out (default: 1)."}
+    )
+    selector_scope: str | None = field(
+        default=None,
+        metadata={
+            "help": "adapt: what the selector's loss trains: keys, φ and the projections that only it reads; or model, "
+            "the queries and the layers below too (default: keys).",
+            "choices": SELECTOR_SCOPES,
+        },
     )
     selector_queries: int | None = field(
         default=None,
@@ -133,6 +142,7 @@ class StageArguments:
             "hidden_weight": (("adapt",), 0.0),
             "selector_weight": (("adapt",), 1.0),
             "anneal_blocks": (("adapt",), 0.0),
+            "selector_scope": (("adapt",), "keys"),
             "selector_queries": (("warmup", "adapt"), 1024),
             "selector_target": (("warmup", "adapt"), "output"),
             "new_parameter_lr": (("warmup", "adapt"), 1e-3),
@@ -161,6 +171,8 @@ class StageArguments:
             raise NSAError(
                 f"--selector-target must be one of {', '.join(SELECTOR_TARGETS)}, got {self.selector_target!r}"
             )
+        if self.selector_scope is not None and self.selector_scope not in SELECTOR_SCOPES:
+            raise NSAError(f"--selector-scope must be one of {', '.join(SELECTOR_SCOPES)}, got {self.selector_scope!r}")
         if self.new_parameter_lr <= 0:
             raise NSAError(f"--new-parameter-lr must be more than 0, got {self.new_parameter_lr}")
         if self.anneal_blocks is not None and not 0 <= self.anneal_blocks <= 1:
@@ -308,7 +320,8 @@ class StageTrainerMixin:
             terms, total = {"selector_loss": selector, "value_loss": value}, (selector + value) / parts
         else:
             kept = self.stage.selector_weight or self.stage.hidden_weight
-            collect = layer_inputs(model) if kept else contextlib.nullcontext([])
+            attached = self.stage.selector_scope == "model"
+            collect = layer_inputs(model, attached) if kept else contextlib.nullcontext([])
             with collect as layers:
                 if self.teacher is None:
                     loss, outputs = super().compute_loss(model, {**inputs}, True, num_items_in_batch=num_items_in_batch)

@@ -37,6 +37,7 @@ __all__ = [
     "Task",
     "TaskResult",
     "Trial",
+    "choice_margins",
     "make_trials",
     "pool_results",
     "retention",
@@ -523,18 +524,29 @@ def _generated(model, tokenizer, trials: Sequence[Trial]) -> list[float]:
     return [sum(answer in text for answer in trial.answers) / len(trial.answers) for trial, text in zip(trials, texts)]
 
 
-def _chosen(model, tokenizer, trials: Sequence[Trial]) -> list[float]:
-    """The share of right words that are likelier than every wrong one."""
+@torch.no_grad()
+def choice_margins(model, tokenizer, trials: Sequence[Trial]) -> list[list[list[float]]]:
+    """By how much every right word of choices is likelier than each wrong one, in nats, at the token where they differ.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        tokenizer, trials: as in `make_trials` and from it; shorter prompts are padded on the left.
+    """
     rows = [[*trial.prompt, *trial.continuation] for trial in trials]
     kept = max(len(trial.continuation) for trial in trials) + 1
     inputs = _left_padded(rows, tokenizer.pad_token_id or 0, model.device)
     logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits.float().cpu()
-    scores = []
+    margins = []
     for trial, row in zip(trials, logits):
         row = row[kept - 1 - len(trial.continuation) :]
-        won = [all(row[i, right] > row[i, wrong] for i, right, wrong in contest) for contest in trial.contests]
-        scores.append(sum(won) / len(won))
-    return scores
+        margins.append([[(row[i, right] - row[i, wrong]).item() for i, right, wrong in c] for c in trial.contests])
+    return margins
+
+
+def _chosen(model, tokenizer, trials: Sequence[Trial]) -> list[float]:
+    """The share of right words that are likelier than every wrong one."""
+    margins = choice_margins(model, tokenizer, trials)
+    return [sum(min(contest, default=1.0) > 0 for contest in own) / len(own) for own in margins]
 
 
 def task_cells(tasks: Sequence[str], lengths: Sequence[int], depths: int) -> list[tuple[str, int, float | None]]:
