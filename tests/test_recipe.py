@@ -129,6 +129,10 @@ def test_a_recipe_says_what_is_wrong_with_it(dense, tmp_path, capsys):
         ({"stages": [stage], "convert": True}, "must be a mapping of settings"),
         ({"stages": [stage], "yarn_factor": 1}, "YaRN factor must be a number above 1, got 1"),
         ({"stages": [{**stage, "name": "scaled"}]}, "two steps are named 'scaled'"),
+        ({"stages": [{**stage, "name": "converted"}]}, "two steps are named 'converted'"),
+        ({"stages": [stage, {"convert": {}}], "convert": {}}, "two steps are named 'converted'"),
+        ({"stages": [stage, {"convert": {"size": 3}}]}, "convert has unknown settings"),
+        ({"stages": [{**stage, "teacher": "b"}, {**stage, "name": "b"}]}, "teacher 'b', which is not a step before it"),
         ({"stages": [stage], True: 1}, "unknown keys .'True'"),
         ({"stages": [{**stage, True: 1, "rate": 1}]}, "unknown settings .'True', 'rate'"),
         ({"stages": [stage], "convert": {True: 1, "size": 3}}, "unknown settings .'True', 'size'"),
@@ -252,8 +256,36 @@ def test_the_dense_yardstick_is_trained_like_the_sparse_model():
     ((_, adapted),), ((_, trained),) = sparse.stages.items(), dense.stages.items()
     assert dense.convert is None
     assert dense.yarn_factor == sparse.yarn_factor
+    first = Recipe.read(SCRIPTS / "recipes" / "smollm2_dense_first.yaml")
+    assert first.steps == ["scaled", "trained", "converted", "adapted"]
+    assert (first.yarn_factor, first.convert) == (sparse.yarn_factor, sparse.convert)
+    assert first.stages["trained"] == {**trained, "max_steps": 500}
+    scope = {"teacher": "trained", "seed": 43, "selector_scope": "model"}
+    assert first.stages["adapted"] == {**adapted, **scope}
     of_sparse_layers = {"selector_weight": 0, "new_parameter_lr": None, "selector_queries": None}
     assert {**adapted, **of_sparse_layers} == {**dict.fromkeys(of_sparse_layers), **trained}
+
+
+def test_a_dense_model_is_trained_then_converted_and_teaches(dense, tmp_path):
+    """Interrupted after the first stage, it goes on with the conversion."""
+    trained = {"name": "trained", "stage": "adapt", "teacher": "source", "selector_weight": 0, "selector_queries": None}
+    trained |= {"max_steps": 2, "learning_rate": 1e-3}
+    adapted = {"name": "adapted", "stage": "adapt", "teacher": "trained", "max_steps": 1}
+    content = {"settings": SETTINGS, "stages": [trained, {"convert": SMALL_NSA}, adapted]}
+    text = {"train_file": [str(dense.parent / "text.txt")]}
+    first = Recipe({**content, "stages": content["stages"][:1]})
+    out = tmp_path / "out"
+    assert run_recipe(dense, out, first, **text) == out / "trained"
+    written = (out / "trained" / "model.safetensors").stat().st_mtime_ns
+    assert Recipe(content).steps == ["trained", "converted", "adapted"]
+    assert run_recipe(dense, out, Recipe(content), **text) == out / "adapted"
+    assert (out / "trained" / "model.safetensors").stat().st_mtime_ns == written
+    source, trained = (AutoModelForCausalLM.from_pretrained(place).state_dict() for place in (dense, out / "trained"))
+    converted = AutoModelForCausalLM.from_pretrained(out / "converted").state_dict()
+    assert all(torch.equal(weight, converted[name]) for name, weight in trained.items())
+    assert not all(torch.equal(weight, source[name]) for name, weight in trained.items())
+    record = json.loads((out / "adapted" / "nsa_finetune.json").read_text())
+    assert record["arguments"]["stage"]["teacher"] == str(out / "trained")
 
 
 def test_numbers_without_a_point(tmp_path):

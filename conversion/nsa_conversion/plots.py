@@ -167,8 +167,9 @@ def plot_heatmaps(
     x_names: Sequence[str] | None = None,
     y_names: Sequence[str] | None = None,
     limits: tuple[float, float] | None = None,
+    columns: int = 3,
 ) -> None:
-    """Draw matrices side by side, up to three in a row, on one colour scale.
+    """Draw matrices side by side on one colour scale.
 
     Args:
         panels: title -> rows of numbers.
@@ -176,8 +177,9 @@ def plot_heatmaps(
         x_label, y_label: of columns and rows.
         x_names, y_names: of every column and row, with the numbers written in; None numbers them.
         limits: ends of the colour scale; None takes the smallest and the largest number.
+        columns: panels in a row, at most.
     """
-    columns = min(3, len(panels))
+    columns = min(columns, len(panels))
     lines = -(-len(panels) // columns)
     rows = len(next(iter(panels.values())))
     figure = _canvas(1 + 2.7 * columns, lines * max(1.9, 0.9 + 0.16 * rows))

@@ -8,8 +8,9 @@
       - {name: warmup, stage: warmup, max_steps: 300}
       - {name: adapted, stage: adapt, teacher: source, max_steps: 1000}
 
-`teacher: source` is the model that the recipe was given. Every step writes a folder of its own; a step that is finished
-is left as it is, one that was interrupted goes on from its last checkpoint.
+`teacher: source` is the model that the recipe was given, any other name the model of a step before. A stage
+`{convert: {…}}` converts what those before it made, which then train the dense model. Every step writes a folder of
+its own; a step that is finished is left as it is, one that was interrupted goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -49,9 +50,10 @@ class Recipe:
         yarn_factor: how far the source's RoPE is scaled before all else, or None.
         convert: settings of `convert`, or None.
         stages: name -> settings of `finetune`, those for all stages included.
+        steps: the names of all steps, in order.
 
     Raises:
-        NSAError: an unknown key or setting, or a stage without a name of its own.
+        NSAError: an unknown key or setting, a stage without a name of its own, or two conversions.
     """
 
     def __init__(self, content: Any, name: str = "the recipe", stages_needed: bool = True):
@@ -64,19 +66,25 @@ class Recipe:
         if self.yarn_factor is not None:
             check_yarn_factor(self.yarn_factor)
         self.convert = content.get("convert")
-        if self.convert is not None and not isinstance(self.convert, Mapping):
-            raise NSAError(f"{name}: convert must be a mapping of settings ({{}} for none), got {self.convert!r:.80}")
         common, given = content.get("settings") or {}, content.get("stages") or []
         if not isinstance(common, Mapping) or not isinstance(given, list):
             raise NSAError(f"{name}: settings must be a mapping and stages a list")
         self.stages: dict[str, dict[str, Any]] = {}
+        self.steps = [SCALED] * (self.yarn_factor is not None) + [CONVERTED] * (self.convert is not None)
         for stage in given:
-            stage_name = stage.get("name") if isinstance(stage, Mapping) else None
+            converts = isinstance(stage, Mapping) and set(stage) == {"convert"}
+            stage_name = CONVERTED if converts else stage.get("name") if isinstance(stage, Mapping) else None
             if not isinstance(stage_name, str) or not re.fullmatch(r"[\w-]+", stage_name):
                 raise NSAError(f"{name}: every stage needs a name of letters, digits, - and _, got {stage!r:.80}")
-            if stage_name in (*self.stages, SCALED, CONVERTED):
+            if stage_name in (*self.steps, SCALED) or (stage_name == CONVERTED and not converts):
                 raise NSAError(f"{name}: two steps are named {stage_name!r}; give every stage a name of its own")
-            self.stages[stage_name] = {**common, **{key: value for key, value in stage.items() if key != "name"}}
+            self.steps.append(stage_name)
+            if converts:
+                self.convert = stage["convert"]
+            else:
+                self.stages[stage_name] = {**common, **{key: value for key, value in stage.items() if key != "name"}}
+        if self.convert is not None and not isinstance(self.convert, Mapping):
+            raise NSAError(f"{name}: convert must be a mapping of settings ({{}} for none), got {self.convert!r:.80}")
         self._check(name)
 
     def _check(self, name: str) -> None:
@@ -85,6 +93,9 @@ class Recipe:
 
         known = setting_names() - set(RESERVED)
         for stage, settings in self.stages.items():
+            taught = settings.get("teacher")
+            if taught in self.steps[self.steps.index(stage) :]:
+                raise NSAError(f"{name}: stage {stage!r} has the teacher {taught!r}, which is not a step before it")
             unknown = sorted(map(str, set(settings) - known))
             if unknown:
                 raise NSAError(f"{name}: stage {stage!r} has unknown settings {unknown}; see nsa finetune --help")
@@ -150,11 +161,11 @@ def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **sett
     for name, each in recipe.stages.items():
         with _stage_named(name):
             stages[name] = read_settings({**each, **settings})
-    teacher = source if recipe.yarn_factor is None else str(output / SCALED)
+    teachers = {"source": source if recipe.yarn_factor is None else str(output / SCALED)}
+    teachers |= {name: str(output / name) for name in recipe.steps}
     main, wait = _processes(any(each.get("use_cpu") for each in stages.values()))
-    steps = [] if recipe.yarn_factor is None else [(SCALED, {"factor": recipe.yarn_factor})]
-    steps += [] if recipe.convert is None else [(CONVERTED, dict(recipe.convert))]
-    steps += stages.items()
+    given = {SCALED: {"factor": recipe.yarn_factor}, CONVERTED: dict(recipe.convert or {}), **stages}
+    steps = [(name, given[name]) for name in recipe.steps]
     wanted, digest = {}, hashlib.sha256(_resolved(source).encode())
     for name, each in steps:
         named = {key: _resolved(value) if key in PATHS else value for key, value in each.items()}
@@ -176,7 +187,7 @@ def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **sett
     for name, each in stages.items():
         if not begun.get(name, {}).get("finished"):
             taught = each.get("teacher")
-            if taught == "source" or (taught and output.resolve() in Path(taught).resolve().parents):
+            if taught in teachers or (taught and output.resolve() in Path(taught).resolve().parents):
                 taught = source  # a step of this recipe may not be there yet
             with _stage_named(name):
                 check_settings(source, output / name, {**each, "teacher": taught})
@@ -207,8 +218,8 @@ def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **sett
                 shutil.rmtree(place, ignore_errors=True)
         wait()
         if name not in before_training:
-            if each.get("teacher") == "source":
-                each = {**each, "teacher": teacher}
+            if each.get("teacher") in teachers:
+                each = {**each, "teacher": teachers[each["teacher"]]}
             finetune(source, place, **each, **({"resume_from_checkpoint": "true"} if resumable else {}))
         begun[name]["finished"] = True
         if main:
