@@ -103,10 +103,12 @@ def study(
         those looked at, `oracle_margin` and what `attention_to_number` returns as `layers`.
 
     Raises:
-        NSAError: the model has no sparse layers.
+        NSAError: the model has no sparse layers, or a number is out of range.
     """
     if not is_sparse(model):
         raise NSAError(f"a study of needles needs sparse layers, and this {type(model).__name__} has none")
+    if depths < 1 or found < 0:
+        raise NSAError(f"depths must be at least 1 and found not negative, got {depths} and {found}")
     material = Material(builtin_text())
     made = [
         (depth, number, trial)
@@ -184,6 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         require_matplotlib()
+        if not Path(args.output).absolute().parent.is_dir():
+            raise NSAError(f"there is no folder {Path(args.output).parent} to write into")
         where = {"dtype": args.dtype, "device": args.device or ("cuda" if torch.cuda.is_available() else "cpu")}
         model, tokenizer = load_model(args.model, **where)
         dense = load_model(args.dense, **where)[0] if args.dense else None

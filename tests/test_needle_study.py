@@ -73,3 +73,10 @@ def test_a_dense_model_is_refused(needle_study, places, tmp_path, capsys):
     assert needle_study.main([str(tmp_path / "out.json"), str(places / "dense"), "--length", str(LENGTH)]) == 2
     assert "needs sparse layers" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
+
+
+def test_mistakes_are_told_before_the_work(needle_study, places, tmp_path, capsys):
+    assert needle_study.main([str(tmp_path / "no" / "out.json"), str(places / "nsa")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert needle_study.main([str(tmp_path / "out.json"), str(places / "nsa"), "--found", "-1"]) == 2
+    assert "found not negative, got 6 and -1" in capsys.readouterr().err
