@@ -142,6 +142,15 @@ def test_a_dense_model_has_a_card_without_sparse_parts(directory):
     assert "12 steps" in card.content
 
 
+def test_what_a_trained_model_came_from_is_kept(directory):
+    origin = {"license": "mit", "base_model": "owner/dense"}
+    card = model_card(directory(config={"model_type": "llama"}, nsa_finetune={**TRAINING, "origin": origin}))
+    assert (card.data.base_model, card.data.license) == ("owner/dense", "mit")
+    unknown = {"license": None, "base_model": None}
+    card = model_card(directory(config={"model_type": "llama"}, nsa_finetune={**TRAINING, "origin": unknown}))
+    assert (card.data.base_model, card.data.license) == (None, None)
+
+
 def test_an_adapter(directory):
     card = model_card(directory(adapter_config={"base_model_name_or_path": "owner/base-nsa"}), repo_id="me/lora")
     assert card.data.library_name == "peft"

@@ -267,7 +267,8 @@ def test_the_dense_yardstick_is_trained_like_the_sparse_model():
 
 
 def test_a_dense_model_is_trained_then_converted_and_teaches(dense, tmp_path):
-    """Interrupted after the first stage, it goes on with the conversion."""
+    """Interrupted after the first stage, it goes on with the conversion; the card says what all came from."""
+    (dense / "README.md").write_text("---\nlicense: mit\nbase_model: owner/dense\n---\n", encoding="utf-8")
     trained = {"name": "trained", "stage": "adapt", "teacher": "source", "selector_weight": 0, "selector_queries": None}
     trained |= {"max_steps": 2, "learning_rate": 1e-3}
     adapted = {"name": "adapted", "stage": "adapt", "teacher": "trained", "max_steps": 1}
@@ -286,6 +287,9 @@ def test_a_dense_model_is_trained_then_converted_and_teaches(dense, tmp_path):
     assert not all(torch.equal(weight, source[name]) for name, weight in trained.items())
     record = json.loads((out / "adapted" / "nsa_finetune.json").read_text())
     assert record["arguments"]["stage"]["teacher"] == str(out / "trained")
+    for name in ("trained", "adapted"):
+        card = model_card(out / name)
+        assert (card.data.base_model, card.data.license) == ("owner/dense", "mit")
 
 
 def test_numbers_without_a_point(tmp_path):

@@ -88,6 +88,14 @@ class _Records:
         known = isinstance(record, dict) and all(isinstance(record.get(key), dict) for key in keys)
         return record if known else None  # a file of another program or version
 
+    def _origin(self):
+        """What the model that was trained says of itself."""
+        return (self.training or {}).get("origin") or {}
+
+    def license(self):
+        """That of the base model, where a record names it."""
+        return (self.conversion or {"source": {}})["source"].get("license") or self._origin().get("license")
+
     def base_model(self):
         """Hub id of what the model was made from; the nearest one that a record names."""
         names = []
@@ -98,6 +106,7 @@ class _Records:
         if self.conversion:
             source = self.conversion["source"]
             names.append(source["name"] if source["revision"] else source.get("base_model"))  # only the hub has commits
+        names.append(self._origin().get("base_model"))
         return next((found for name in names if name and (found := _hub_id(name))), None)
 
 
@@ -301,7 +310,7 @@ def model_card(
         directory: a saved model, native sparse or dense, or a PEFT adapter.
         repo_id: where the model will be on the hub; default: the name of the directory.
         base_model: hub id of the model it was made from; default: what the records say.
-        license: default: that of the base model, where the conversion recorded it.
+        license: default: that of the base model, where a record names it.
         code: the repository holds the model's code; default: what config.json says.
 
     Returns:
@@ -315,7 +324,7 @@ def model_card(
     records = _Records(directory)
     base = base_model or records.base_model()
     own_license = license
-    license = license or (records.conversion and records.conversion["source"].get("license"))
+    license = license or records.license()
     where = repo_id or records.directory.resolve().name
     architecture = ((records.config or {}).get("architectures") or ["NSAForCausalLM"])[0]
     task, auto_class = _TASKS.get(architecture, _TASKS["NSAForCausalLM"])

@@ -71,7 +71,7 @@ from .loss import PositionBucket, format_position_table, loss_by_position, mean_
 from .parsing import HelpFormatter
 from .plots import plot_loss_curve, plot_position_loss, require_matplotlib
 from .recipe import Recipe, run_recipe
-from .sources import find_model, load_model
+from .sources import find_model, load_model, read_card, resolve
 from .stages import StageArguments, StageTrainerMixin, prepare_stage
 
 __all__ = [
@@ -753,6 +753,17 @@ def _carry_record(name: str, directory: Path) -> None:
         shutil.copyfile(record, directory / CONVERSION_RECORD)
 
 
+def _origin(name: str) -> dict[str, str | None]:
+    """Licence and base model that the card of a model names, or the metadata of a GGUF file."""
+    if str(name).endswith(".gguf"):
+        source = resolve(name, weights=False)
+        return {"license": source.license, "base_model": source.base_model}
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path = cached_file(name, "README.md", **missing)
+    card = read_card(Path(path).parent) if path else {}
+    return {"license": card.get("license"), "base_model": card.get("base_model")}
+
+
 def _save_final(trainer: Trainer, tokenizer, model: ModelArguments, source: _SourceSettings) -> Path | None:
     """Write the final model beside its place and move it in; with LoRA the merged model, and the adapter in `adapter/`.
 
@@ -833,7 +844,9 @@ def _write_results(
         "training": trainer.args.to_dict(),
     }
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    write("nsa_finetune.json", {"report": report.to_dict(), "arguments": arguments, "versions": versions})
+    origin = _origin(model.model)
+    record = {"report": report.to_dict(), "arguments": arguments, "versions": versions, "origin": origin}
+    write("nsa_finetune.json", record)
     write_card(output, repo_id=trainer.hub_model_id)
 
 

@@ -197,7 +197,7 @@ def resolve(source, *, revision=None, allow_pickle=False, trust_remote_code=Fals
     if accept is not None:
         accept(config)
     kind, files, index = _weight_files(name, directory, fetch, allow_pickle, weights)
-    card = _card(directory)
+    card = read_card(directory)
     return Source(
         name=name,
         directory=directory,
@@ -212,8 +212,8 @@ def resolve(source, *, revision=None, allow_pickle=False, trust_remote_code=Fals
     )
 
 
-def _card(directory):
-    """Those metadata of a model card that are one string."""
+def read_card(directory):
+    """Those metadata of the model card in a directory that are one string; empty where there is no card."""
     from huggingface_hub import ModelCard
     from yaml import YAMLError
 
