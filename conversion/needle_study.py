@@ -151,7 +151,8 @@ def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         masses, shares = ([[heads[at, head][i] for at in layers] for head in range(count)] for i in (0, 1))
         panels[f"{name}: attention to the number"] = masses
         panels[f"{name}: left out by the choice"] = (np.array(masses) * (1 - np.array(shares))).tolist()
-    plot_heatmaps(panels, path, x_label="sparse layer", y_label="key/value head", columns=2)
+    if panels:  # none where nothing was lost and nothing else looked at
+        plot_heatmaps(panels, path, x_label="sparse layer", y_label="key/value head", columns=2)
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> str:

@@ -69,6 +69,14 @@ def test_with_all_blocks_nothing_is_left_out(needle_study, places):
     assert own == pytest.approx(needle_study.margin(dense, tokenizer, trial), abs=1e-3)
 
 
+def test_nothing_to_look_at(needle_study, places, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(needle_study, "margin", lambda *_: 1.0)
+    command = [str(tmp_path / "out.json"), str(places / "nsa"), "--length", str(LENGTH), "--depths", "1"]
+    assert needle_study.main([*command, "--trials", "2", "--found", "0", "--dtype", "float32"]) == 0
+    assert "lost: 0 of 2" in capsys.readouterr().out
+    assert not (tmp_path / "out.png").exists()
+
+
 def test_a_dense_model_is_refused(needle_study, places, tmp_path, capsys):
     assert needle_study.main([str(tmp_path / "out.json"), str(places / "dense"), "--length", str(LENGTH)]) == 2
     assert "needs sparse layers" in capsys.readouterr().err
