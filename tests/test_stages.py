@@ -344,6 +344,10 @@ def test_evaluation_is_of_the_sparse_model(run, places, tmp_path):
             "--selector-scope belongs to --stage adapt, got --stage warmup",
         ),
         (
+            {"stage": "adapt", "selector_scope": "model", "selector_weight": 0.0},
+            "and --selector-weight 0 is none",
+        ),
+        (
             {"stage": "adapt", "selector_scope": "all"},
             "--selector-scope must be one of keys, model, got 'all'",
         ),

@@ -739,16 +739,18 @@ def _checkpoint_dtype(name: str, network) -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) and hasattr(torch, dtype) else network.dtype
 
 
-def _carry_record(name: str, directory: Path) -> None:
-    """Copy the record of the conversion, where the model has one, from a directory or the hub."""
+def _file_of(name: str, file: str) -> Path | None:
+    """A small file of a model in a directory or on the hub; None where it has none or cannot be asked."""
     if str(name).endswith(".gguf"):
-        return
-    record = cached_file(
-        name,
-        CONVERSION_RECORD,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+        return None
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = cached_file(name, file, **missing)
+    return None if found is None else Path(found)
+
+
+def _carry_record(name: str, directory: Path) -> None:
+    """Copy the record of the conversion, where the model has one."""
+    record = _file_of(name, CONVERSION_RECORD)
     if record is not None:
         shutil.copyfile(record, directory / CONVERSION_RECORD)
 
@@ -758,9 +760,8 @@ def _origin(name: str) -> dict[str, str | None]:
     if str(name).endswith(".gguf"):
         source = resolve(name, weights=False)
         return {"license": source.license, "base_model": source.base_model}
-    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    path = cached_file(name, "README.md", **missing)
-    card = read_card(Path(path).parent) if path else {}
+    path = _file_of(name, "README.md")
+    card = {} if path is None else read_card(path.parent)
     return {"license": card.get("license"), "base_model": card.get("base_model")}
 
 
@@ -820,8 +821,9 @@ def _write_results(
     lora: LoraArguments,
     stage: StageArguments,
     context: ContextArguments,
+    origin: dict[str, str | None],
 ) -> None:
-    """Write logs, record and pictures beside the model."""
+    """Write logs, record and pictures beside the model; `origin` is of `_origin`."""
     output = report.output_dir
 
     def write(name: str, content: Any) -> None:
@@ -844,7 +846,6 @@ def _write_results(
         "training": trainer.args.to_dict(),
     }
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    origin = _origin(model.model)
     record = {"report": report.to_dict(), "arguments": arguments, "versions": versions, "origin": origin}
     write("nsa_finetune.json", record)
     write_card(output, repo_id=trainer.hub_model_id)
@@ -1023,6 +1024,7 @@ def _run(
         trainer.add_callback(first)
     else:
         first.run()
+    origin = _origin(model.model)  # now: the training may outlast its files and the network
     if main_process and args.overwrite and not _continues(args):
         _remove_earlier_run(Path(args.output_dir))
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -1039,7 +1041,7 @@ def _run(
         after=after,
     )
     if main_process:
-        _write_results(trainer, report, model, data, lora, stage, context)
+        _write_results(trainer, report, model, data, lora, stage, context, origin)
         if args.push_to_hub:
             report = dataclasses.replace(report, hub_url=_push(trainer))
     return report

@@ -32,7 +32,8 @@ from .sources import find_model, resolve
 
 __all__ = ["Recipe", "load_yaml", "run_recipe"]
 
-SCALED, CONVERTED = "scaled", "converted"
+# What steps and teachers may be called without a stage of that name.
+SOURCE, SCALED, CONVERTED = "source", "scaled", "converted"
 RECORD = "recipe.json"
 # Given once for all stages, or not by a recipe.
 RESERVED = ("model", "output_dir", "overwrite", "resume_from_checkpoint", "push_to_hub", "recipe")
@@ -76,8 +77,8 @@ class Recipe:
             stage_name = CONVERTED if converts else stage.get("name") if isinstance(stage, Mapping) else None
             if not isinstance(stage_name, str) or not re.fullmatch(r"[\w-]+", stage_name):
                 raise NSAError(f"{name}: every stage needs a name of letters, digits, - and _, got {stage!r:.80}")
-            if stage_name in (*self.steps, SCALED) or (stage_name == CONVERTED and not converts):
-                raise NSAError(f"{name}: two steps are named {stage_name!r}; give every stage a name of its own")
+            if stage_name in (*self.steps, SOURCE, SCALED) or (stage_name == CONVERTED and not converts):
+                raise NSAError(f"{name}: the name {stage_name!r} is taken; give every stage a name of its own")
             self.steps.append(stage_name)
             if converts:
                 self.convert = stage["convert"]
@@ -161,14 +162,17 @@ def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **sett
     for name, each in recipe.stages.items():
         with _stage_named(name):
             stages[name] = read_settings({**each, **settings})
-    teachers = {"source": source if recipe.yarn_factor is None else str(output / SCALED)}
+    teachers = {SOURCE: source if recipe.yarn_factor is None else str(output / SCALED)}
     teachers |= {name: str(output / name) for name in recipe.steps}
     main, wait = _processes(any(each.get("use_cpu") for each in stages.values()))
     given = {SCALED: {"factor": recipe.yarn_factor}, CONVERTED: dict(recipe.convert or {}), **stages}
     steps = [(name, given[name]) for name in recipe.steps]
     wanted, digest = {}, hashlib.sha256(_resolved(source).encode())
     for name, each in steps:
-        named = {key: _resolved(value) if key in PATHS else value for key, value in each.items()}
+        named = {
+            key: _resolved(value) if key in PATHS and not (key == "teacher" and value in teachers) else value
+            for key, value in each.items()
+        }
         digest.update(json.dumps([name, named], sort_keys=True, default=str).encode())
         wanted[name] = digest.hexdigest()[:16]
     begun, refused = _read_record(output / RECORD), []

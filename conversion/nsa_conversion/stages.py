@@ -173,6 +173,10 @@ class StageArguments:
             )
         if self.selector_scope is not None and self.selector_scope not in SELECTOR_SCOPES:
             raise NSAError(f"--selector-scope must be one of {', '.join(SELECTOR_SCOPES)}, got {self.selector_scope!r}")
+        if self.selector_scope == "model" and not self.selector_weight:
+            raise NSAError(
+                "--selector-scope model says what the selector's loss trains, and --selector-weight 0 is none"
+            )
         if self.new_parameter_lr <= 0:
             raise NSAError(f"--new-parameter-lr must be more than 0, got {self.new_parameter_lr}")
         if self.anneal_blocks is not None and not 0 <= self.anneal_blocks <= 1:
