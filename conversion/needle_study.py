@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from nsa_conversion.diagnosis import (
     is_sparse,
     query_key_value,
 )
+from nsa_conversion.evaluate import default_device, environment_of
 from nsa_conversion.plots import plot_heatmaps, require_matplotlib
 from nsa_conversion.tasks import Material, Trial, choice_margins, make_trials
 
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_matplotlib()
         if not Path(args.output).absolute().parent.is_dir():
             raise NSAError(f"there is no folder {Path(args.output).parent} to write into")
-        where = {"dtype": args.dtype, "device": args.device or ("cuda" if torch.cuda.is_available() else "cpu")}
+        where = {"dtype": args.dtype, "device": args.device or default_device()}
         model, tokenizer = load_model(args.model, **where)
         dense = load_model(args.dense, **where)[0] if args.dense else None
         sizes = {name: getattr(args, name) for name in ("length", "depths", "trials", "found")}
@@ -197,13 +197,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # NSAError is a ValueError
         print(f"needle_study: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    device = torch.cuda.get_device_name() if where["device"].startswith("cuda") else platform.processor()
-    settings = {**vars(args), "torch": torch.__version__, "machine": device}
-    settings = {key: value for key, value in settings.items() if key not in ("output", "device")}
+    settings = {key: value for key, value in vars(args).items() if key not in ("output", "device", "dtype")}
+    settings |= environment_of(model)
     lines = ",\n".join(json.dumps(_rounded(row)) for row in rows)
     text = f'{{\n"settings": {json.dumps(settings)},\n"prompts": [\n{lines}\n]\n}}\n'
     path = Path(args.output)
-    path.write_text(text, encoding="utf-8")
+    beside = path.with_suffix(".tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
     _draw(rows, path.with_suffix(".png"))
     print(_summary(rows))
     return 0

@@ -38,6 +38,7 @@ def test_every_prompt_is_asked_and_the_lost_ones_once_more(needle_study, places,
     assert needle_study.main([str(output), str(places / "nsa"), *flags]) == 0
     made = json.loads(output.read_text())
     assert made["settings"]["length"] == LENGTH
+    assert made["settings"]["dtype"] == "float32"
     rows = made["prompts"]
     assert [(row["depth"], row["trial"]) for row in rows] == [(d, i) for d in (0.0, 0.5, 1.0) for i in range(4)]
     for name, key in (("nsa", "margin"), ("dense", "dense_margin")):

@@ -41,7 +41,7 @@ from .report import EvaluationReport
 from .sources import check_token_ids, find_model, find_tokenizer, load_errors, load_model
 from .tasks import TASKS, Material, TaskResult, make_trials, run_task, task_cells
 
-__all__ = ["PARTS", "QUICK", "Settings", "default_device", "evaluate", "main"]
+__all__ = ["PARTS", "QUICK", "Settings", "default_device", "environment_of", "evaluate", "main"]
 
 PARTS = ("loss", "tasks", "diagnosis")
 BUILTIN = "built-in text (Python help topics)"
@@ -194,7 +194,7 @@ def evaluate(
                 against=against_label,
                 texts={name: [len(ids) for ids in pieces] for name, pieces in chosen.items()},
                 settings=dataclasses.asdict(settings),
-                environment=_environment(model),
+                environment=environment_of(model),
             )
         remember = known.of(source, dtype, tokenizer)
         run = _Run(model, label, tokenizer, settings, remember, edges=edges, chunk_size=chunk_size, progress=progress)
@@ -272,7 +272,8 @@ def _encode(documents, tokenizer, settings: Settings, progress: bool) -> dict[st
     return chosen
 
 
-def _environment(model) -> dict[str, str]:
+def environment_of(model) -> dict[str, str]:
+    """What a model is measured with: device, dtype, versions, date."""
     device = next(model.parameters()).device
     return {
         "device": torch.cuda.get_device_name(device)
