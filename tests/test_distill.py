@@ -139,13 +139,14 @@ def test_losses_on_a_gpu_equal_those_on_the_cpu(models, packed, layer):
 
 
 @pytest.mark.gpu
-def test_the_host_never_waits_for_a_gpu(models):
+@pytest.mark.parametrize("attached", [False, True])
+def test_the_host_never_waits_for_a_gpu(models, attached):
     """Else the device would be idle in every layer, while the host prepares the next one."""
     nsa = copy.deepcopy(models[1]).cuda()
     ids = torch.randint(32, (2, 96), device="cuda")
 
     def losses():
-        with layer_inputs(nsa) as layers:
+        with layer_inputs(nsa, attached=attached) as layers:
             nsa(input_ids=ids, use_cache=False)
         return sum(sum(selector_losses(layer, choose_queries(layer, 32, 8, documents=1))) for layer in layers)
 
