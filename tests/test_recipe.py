@@ -252,19 +252,23 @@ def test_a_recipe_scales_rope_first(dense, tmp_path):
     assert not (tmp_path / "again").exists()
 
 
-def test_the_dense_yardstick_is_trained_like_the_sparse_model():
-    sparse, dense = (Recipe.read(SCRIPTS / "recipes" / f"{name}.yaml") for name in ("smollm2", "smollm2_dense"))
-    ((_, adapted),), ((_, trained),) = sparse.stages.items(), dense.stages.items()
-    assert dense.convert is None
-    assert dense.yarn_factor == sparse.yarn_factor
-    first = Recipe.read(SCRIPTS / "recipes" / "smollm2_dense_first.yaml")
-    assert first.steps == ["scaled", "trained", "converted", "adapted"]
-    assert (first.yarn_factor, first.convert) == (sparse.yarn_factor, sparse.convert)
-    assert first.stages["trained"] == {**trained, "max_steps": 500}
-    scope = {"teacher": "trained", "seed": 43, "selector_scope": "model"}
-    assert first.stages["adapted"] == {**adapted, **scope}
-    of_sparse_layers = {"selector_weight": 0, "new_parameter_lr": None, "selector_queries": None}
-    assert {**adapted, **of_sparse_layers} == {**dict.fromkeys(of_sparse_layers), **trained}
+def test_the_dense_yardsticks_are_trained_like_the_sparse_models():
+    names = ("smollm2", "smollm2_dense", "smollm2_one_training")
+    two, dense, one = (Recipe.read(SCRIPTS / "recipes" / f"{name}.yaml") for name in names)
+    assert two.steps == ["scaled", "trained", "converted", "adapted"]
+    assert dense.steps == ["scaled", "trained", "trained_on"]
+    assert one.steps == ["scaled", "converted", "adapted"]
+    assert two.yarn_factor == dense.yarn_factor == one.yarn_factor
+    assert two.convert == one.convert
+    trained, adapted = two.stages["trained"], two.stages["adapted"]
+    assert dense.stages["trained"] == trained
+    assert dense.stages["trained_on"] == {**trained, "teacher": "trained"}
+    assert {**one.stages["adapted"], "teacher": "trained", "selector_scope": "model"} == adapted
+    of_sparse_layers = ("selector_weight", "new_parameter_lr", "selector_queries", "selector_scope")
+    apart = [
+        {k: v for k, v in each.items() if k not in of_sparse_layers} for each in (adapted, dense.stages["trained_on"])
+    ]
+    assert apart[0] == apart[1]
 
 
 def test_a_dense_model_is_trained_then_converted_and_teaches(dense, tmp_path):
