@@ -163,6 +163,7 @@ def test_a_recipe_says_what_is_wrong_with_it(dense, tmp_path, capsys):
         ({"selector_weight": -1}, "--selector-weight must not be negative"),
         ({"train_file": ["nothing.txt"]}, "nothing.txt does not exist"),
         ({"teacher": "nothing/at/all"}, "'nothing/at/all' does not exist"),
+        ({"max_length": 32}, "the selector learns from tokens beyond .* a --max-length above 32"),
         ({"save_strategy": "sometimes"}, "invalid choice: 'sometimes'"),
     ],
 )
@@ -295,6 +296,24 @@ def test_a_dense_model_is_trained_then_converted_and_teaches(dense, tmp_path):
     for name in ("trained", "adapted"):
         card = model_card(out / name)
         assert (card.data.base_model, card.data.license) == ("owner/dense", "mit")
+
+
+@pytest.mark.parametrize(
+    ("convert", "settings", "message"),
+    [
+        ({"full_attention_layers": 7}, {}, "must be in 0 …"),
+        ({"num_selected_blocks": 1}, {}, "num_selected_blocks"),
+        ({"compress_type": "mean"}, {}, "stage 'adapted': .* compress_type 'mean' has no parameters"),
+        ({}, {"max_length": 32}, "stage 'adapted': .* a --max-length above 32"),
+    ],
+)
+def test_what_cannot_follow_a_training_is_found_before_it(dense, tmp_path, convert, settings, message):
+    trained = {"name": "trained", "stage": "adapt", "teacher": "source", "selector_weight": 0, "selector_queries": None}
+    adapted = {"name": "adapted", "stage": "adapt", "teacher": "trained", **settings}
+    content = {"settings": SETTINGS, "stages": [trained, {"convert": {**SMALL_NSA, **convert}}, adapted]}
+    with pytest.raises(NSAError, match=message):
+        run_recipe(dense, tmp_path / "out", Recipe(content), train_file=[str(dense.parent / "text.txt")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_numbers_without_a_point(tmp_path):

@@ -72,7 +72,7 @@ from .parsing import HelpFormatter
 from .plots import plot_loss_curve, plot_position_loss, require_matplotlib
 from .recipe import Recipe, run_recipe
 from .sources import find_model, load_model, read_card, resolve
-from .stages import StageArguments, StageTrainerMixin, prepare_stage
+from .stages import StageArguments, StageTrainerMixin, check_sparse, prepare_stage
 
 __all__ = [
     "DataArguments",
@@ -1111,11 +1111,12 @@ def read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**read, **vars(parser.parse_args(words))}
 
 
-def check_settings(model: str | Path, output_dir: str | Path, settings: Mapping[str, Any]) -> None:
+def check_settings(model: str | Path, output_dir: str | Path, settings: Mapping[str, Any], config=None) -> None:
     """Refuse what `finetune` would refuse before it loads anything, whatever `output_dir` holds.
 
     Args:
         model, output_dir, settings: as for `finetune`.
+        config (NSAConfig | None): of a model that is not converted yet; its φ and the length of rows are checked too.
 
     Raises:
         NSAError: as `finetune`.
@@ -1125,6 +1126,9 @@ def check_settings(model: str | Path, output_dir: str | Path, settings: Mapping[
         groups = _groups({**settings, "model": str(model), "output_dir": str(output_dir)})
         _expand_home(groups)
         _check_arguments(*groups)
+        if config is not None:
+            _, data, _, stage, *_ = groups
+            check_sparse(config, stage, data.max_length)
     finally:  # TrainingArguments sets variables that the next one would read
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]

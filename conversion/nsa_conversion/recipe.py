@@ -186,15 +186,21 @@ def run_recipe(model: str | Path, output_dir: str | Path, recipe: Recipe, **sett
             refused.append(name)  # nothing is lost with it
         if name not in begun and (output / name).exists():
             raise NSAError(f"{output / name} exists and is not of this recipe; choose another --output-dir")
-    if steps and not begun.get(steps[0][0], {}).get("finished"):
+    finished = [name for name, _ in steps if begun.get(name, {}).get("finished")]
+    if steps and not finished:
         _check_source(source, *steps[0])
-    for name, each in stages.items():
-        if not begun.get(name, {}).get("finished"):
+    config = None
+    for name, each in steps:
+        if name in finished:
+            continue
+        if name == CONVERTED:  # what comes of it is trained by the stages behind it
+            config = _converted_config(str(output / finished[-1]) if finished else source, each)
+        elif name in stages:
             taught = each.get("teacher")
             if taught in teachers or (taught and output.resolve() in Path(taught).resolve().parents):
                 taught = source  # a step of this recipe may not be there yet
             with _stage_named(name):
-                check_settings(source, output / name, {**each, "teacher": taught})
+                check_settings(source, output / name, {**each, "teacher": taught}, config)
     before_training = {SCALED: scale_rope, CONVERTED: convert}
     wait()  # all processes have seen the same state
     for name in refused:
@@ -260,6 +266,14 @@ def _check_source(source: str, step: str, settings: Mapping[str, Any]) -> None:
         resolve(source, weights=False, **{name: settings[name] for name in names if name in settings})
     else:
         find_model(source)
+
+
+def _converted_config(source: str, settings: Mapping[str, Any]):
+    """Of the model that a conversion will make; raises what the conversion would."""
+    from .convert import prepare
+
+    of_files = ("seed", "max_shard_size", "remote_code")
+    return prepare(source, weights=False, **{k: v for k, v in settings.items() if k not in of_files}).config
 
 
 def _processes(use_cpu: bool) -> tuple[bool, Callable[[], None]]:

@@ -32,7 +32,7 @@ from .distill import (
 )
 from .errors import NSAError
 
-__all__ = ["STAGES", "StageArguments", "StageTrainerMixin", "annealed_blocks", "prepare_stage"]
+__all__ = ["STAGES", "StageArguments", "StageTrainerMixin", "annealed_blocks", "check_sparse", "prepare_stage"]
 
 STAGES = ("warmup", "adapt", "sft")
 SELECTOR_SCOPES = ("keys", "model")
@@ -202,9 +202,28 @@ def prepare_stage(network, stage: StageArguments, longest: int) -> None:
     if not layers and (stage.stage == "warmup" or any(sparse.values())):
         remedy = "" if stage.stage == "warmup" else f"; set {', '.join(sparse)} to 0 to train a dense model by the rest"
         raise NSAError(f"--stage {stage.stage} needs sparse layers, and this {type(network).__name__} has none{remedy}")
-    if stage.stage == "adapt" and not stage.selector_weight:
+    if not layers:
         return
-    config = layers[0].config
+    check_sparse(layers[0].config, stage, longest)
+    if stage.stage == "warmup":
+        network.requires_grad_(False)
+        for module in (each for attention in layers for group in selector_modules(attention) for each in group):
+            module.requires_grad_(True)
+
+
+def check_sparse(config, stage: StageArguments, longest: int) -> None:
+    """Refuse a sparse model or rows from which the selector cannot learn.
+
+    Args:
+        config (NSAConfig): of the model.
+        stage: checked arguments.
+        longest: tokens of the longest document part in the training rows, or what it cannot be longer than.
+
+    Raises:
+        NSAError: a φ without parameters, or rows in which nothing is left out.
+    """
+    if stage.stage == "sft" or (stage.stage == "adapt" and not stage.selector_weight):
+        return
     if config.compress_type == "mean":
         without = "" if stage.stage == "warmup" else ", or leave the selector's loss out with --selector-weight 0"
         raise NSAError(
@@ -217,10 +236,6 @@ def prepare_stage(network, stage: StageArguments, longest: int) -> None:
             f"the selector learns from tokens beyond max(n * l', w) = {first} of a document, and the longest in a row "
             f"has {longest}; give longer documents and a --max-length above {first}"
         )
-    if stage.stage == "warmup":
-        network.requires_grad_(False)
-        for module in (each for attention in layers for group in selector_modules(attention) for each in group):
-            module.requires_grad_(True)
 
 
 def _first_query(config) -> int:
