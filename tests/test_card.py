@@ -3,12 +3,14 @@
 """The model card tells what the records say, and nothing else."""
 
 import json
+from dataclasses import fields
 
 import pytest
 from huggingface_hub import ModelCard
 
-from nsa_conversion.card import MARK, base_model_of, model_card, write_card
+from nsa_conversion.card import _ARGUMENTS, MARK, base_model_of, model_card, write_card
 from nsa_conversion.errors import NSAError
+from nsa_conversion.stages import StageArguments
 
 CONFIG = {
     "model_type": "native_sparse_attention",
@@ -44,6 +46,7 @@ TRAINING = {
         "model": {"model": "/home/somebody/private/model"},
         "data": {"max_length": 4096, "train_file": ["/home/somebody/private/text.txt"]},
         "lora": {"lora": True, "lora_r": 8},
+        "stage": {"stage": "adapt", "teacher": "/home/somebody/private/dense", "selector_scope": "model"},
         "training": {"learning_rate": 1e-4, "output_dir": "/home/somebody/private/out", "seed": 42},
     },
 }
@@ -93,6 +96,8 @@ def test_everything_that_is_recorded(directory):
         "[owner/dense](https://huggingface.co/owner/dense) at commit 0123abcd",
         "LoRA, 12 steps; 67,890 tokens in 345 packed rows. Mean training loss 2.3457.",
         "| `lora_r` | 8 |",
+        "| `teacher` | dense |",
+        "| `selector_scope` | model |",
         "| 0-1,023 | 3.0000 | 2.5000 |",
         "| 1,024-8,191 | 2.2500 | 2.1250 | +0.1250 |",
         "| needle | 4,096 | 0.900 | 0.810 | 90.0% (85.0% … 95.0%) |",
@@ -103,6 +108,10 @@ def test_everything_that_is_recorded(directory):
     assert "/home/somebody" not in card.content
     # It survives the hub's own reader.
     assert ModelCard(card.content).data.to_dict() == data
+
+
+def test_every_option_of_a_stage_is_told():
+    assert {each.name for each in fields(StageArguments)} - set(_ARGUMENTS["stage"]) == {"compile_layers"}
 
 
 def test_what_is_not_recorded_is_left_out(directory):

@@ -34,13 +34,16 @@ _TASKS = {
 }
 # what the card tells of nsa_finetune.json, by group of arguments
 _ARGUMENTS = {
-    "data": ("max_length",),
+    "data": ("max_length", "full_rows", "repeat_share", "fact_share", "max_facts"),
     "lora": ("lora_r", "lora_alpha", "lora_dropout"),
     "stage": (
         "stage",
         "teacher",
+        "next_token_weight",
         "distill_weight",
+        "hidden_weight",
         "selector_weight",
+        "selector_scope",
         "selector_queries",
         "selector_target",
         "new_parameter_lr",
@@ -207,6 +210,9 @@ def _training(records):
     report, groups = records.training["report"], records.training["arguments"]
     lora = groups["lora"]["lora"]
     stage = {name: value for name, value in groups.get("stage", {}).items() if value is not None}
+    if "teacher" in stage:
+        place = Path(stage["teacher"]).expanduser()
+        stage["teacher"] = place.name if place.is_absolute() or place.exists() else stage["teacher"]
     groups = {**groups, "stage": stage}
     trained = "φ and its projections" if stage.get("stage") == "warmup" else "LoRA" if lora else "All weights"
     rows = [
