@@ -34,7 +34,7 @@ _TASKS = {
 }
 # what the card tells of nsa_finetune.json, by group of arguments
 _ARGUMENTS = {
-    "data": ("max_length", "full_rows", "repeat_share", "fact_share", "max_facts"),
+    "data": ("max_length", "full_rows", "repeat_share", "fact_share"),
     "lora": ("lora_r", "lora_alpha", "lora_dropout"),
     "stage": (
         "stage",
