@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 from huggingface_hub import ModelCard
 
-from nsa_conversion.card import _ARGUMENTS, MARK, base_model_of, model_card, write_card
+from nsa_conversion.card import MARK, base_model_of, model_card, write_card
 from nsa_conversion.errors import NSAError
 from nsa_conversion.stages import StageArguments
 
@@ -110,8 +110,12 @@ def test_everything_that_is_recorded(directory):
     assert ModelCard(card.content).data.to_dict() == data
 
 
-def test_every_option_of_a_stage_is_told():
-    assert {each.name for each in fields(StageArguments)} - set(_ARGUMENTS["stage"]) == {"compile_layers"}
+def test_every_option_of_a_stage_is_told(directory):
+    names = {each.name for each in fields(StageArguments)} - {"compile_layers"}
+    arguments = {**TRAINING["arguments"], "stage": {**dict.fromkeys(names, 1), "teacher": "owner/dense"}}
+    card = model_card(directory(config=CONFIG, nsa_finetune={**TRAINING, "arguments": arguments}))
+    assert {name for name in names if f"| `{name}` |" in card.content} == names
+    assert "| `teacher` | owner/dense |" in card.content
 
 
 def test_what_is_not_recorded_is_left_out(directory):
